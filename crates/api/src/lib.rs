@@ -1,0 +1,1 @@
+//! OpenAI wire types, the Backend trait and an HTTP client for it.

@@ -1,0 +1,1 @@
+//! Ingest, score, decide, deduplicate, scrub and pack, as Arrow functions on DataFusion.

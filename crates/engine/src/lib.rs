@@ -1,0 +1,1 @@
+//! Scheduler, paged KV cache and sampler: many requests, one model.

@@ -1,0 +1,1 @@
+//! Tasks, scorers and paired statistics over any backend.

@@ -1,0 +1,1 @@
+//! Bytes in, views out: GGUF, safetensors, adapter layouts. Hostile input never panics.

@@ -1,0 +1,1 @@
+//! Signatures, cards, licences and release gates.

@@ -1,0 +1,1 @@
+//! Matmul, attention, norms, thread pool; a plain reference beside each fast path.

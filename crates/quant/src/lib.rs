@@ -1,0 +1,1 @@
+//! Merging adapters and writing quantized checkpoints; how far they drift from the original.

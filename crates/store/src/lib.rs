@@ -1,0 +1,1 @@
+//! Content-addressed objects, the ledger, runs and the transparency log.

@@ -1,0 +1,1 @@
+//! Tokenizers, chat templates and detectors of language, personal data and secrets.

@@ -1,0 +1,1 @@
+//! LoRA fine-tuning: forward, hand-written backward, optimizer, checkpoints.
