@@ -18,7 +18,10 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("model", &["core", "kernels", "formats"]),
     ("engine", &["core", "model", "text", "api"]),
     ("data", &["core", "text", "store"]),
-    ("train", &["core", "model", "kernels", "formats", "text", "store"]),
+    (
+        "train",
+        &["core", "model", "kernels", "formats", "text", "store"],
+    ),
     ("quant", &["core", "model", "kernels", "formats", "store"]),
     ("eval", &["core", "api", "text", "store"]),
     ("govern", &["core", "store", "formats"]),
@@ -26,11 +29,15 @@ const ARROWS: &[(&str, &[&str])] = &[
 ];
 
 fn main() -> Result<()> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has a parent folder")?;
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .context("xtask has a parent folder")?;
     match std::env::args().nth(1).as_deref() {
         Some("test") => {
             layers(root)?;
-            run(Command::new("cargo").args(["test", "--release", "--workspace"]).current_dir(root))
+            run(Command::new("cargo")
+                .args(["test", "--release", "--workspace"])
+                .current_dir(root))
         }
         Some("layers") => layers(root),
         _ => bail!("usage: cargo xtask <test|layers>"),
@@ -41,18 +48,28 @@ fn layers(root: &Path) -> Result<()> {
     let mut wrong = Vec::new();
     for entry in std::fs::read_dir(root.join("crates"))? {
         let dir = entry?.path();
-        let name = dir.file_name().and_then(|n| n.to_str()).context("crate folder name")?.to_owned();
+        let name = dir
+            .file_name()
+            .and_then(|n| n.to_str())
+            .context("crate folder name")?
+            .to_owned();
         if name == "cli" {
             continue;
         }
         let manifest: toml::Table = std::fs::read_to_string(dir.join("Cargo.toml"))?.parse()?;
         let Some((_, allowed)) = ARROWS.iter().find(|(n, _)| *n == name) else {
-            wrong.push(format!("crates/{name} is in no room: add it to ARROWS in xtask"));
+            wrong.push(format!(
+                "crates/{name} is in no room: add it to ARROWS in xtask"
+            ));
             continue;
         };
         for section in ["dependencies", "dev-dependencies", "build-dependencies"] {
             let deps = manifest.get(section).and_then(toml::Value::as_table);
-            for dep in deps.into_iter().flat_map(|t| t.keys()).filter_map(|d| d.strip_prefix("ashlar-")) {
+            for dep in deps
+                .into_iter()
+                .flat_map(|t| t.keys())
+                .filter_map(|d| d.strip_prefix("ashlar-"))
+            {
                 if section == "dependencies" && !allowed.contains(&dep) {
                     wrong.push(format!("{name} → {dep} is not an arrow of the design"));
                 }
@@ -66,7 +83,9 @@ fn layers(root: &Path) -> Result<()> {
 }
 
 fn run(command: &mut Command) -> Result<()> {
-    let status = command.status().with_context(|| format!("cannot start {command:?}"))?;
+    let status = command
+        .status()
+        .with_context(|| format!("cannot start {command:?}"))?;
     if !status.success() {
         bail!("{command:?} ended with {status}");
     }

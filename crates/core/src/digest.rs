@@ -145,9 +145,18 @@ mod tests {
     #[test]
     fn refuses_what_is_not_a_digest() {
         let good = Digest::of(b"x").to_string();
-        assert!(matches!("md5:00".parse::<Digest>(), Err(DigestError::Prefix(_))));
-        assert!(matches!(good[..70].parse::<Digest>(), Err(DigestError::Length(63))));
-        assert!(matches!(good.to_uppercase().replace("SHA", "sha").parse::<Digest>(), Err(DigestError::Hex(_))));
+        assert!(matches!(
+            "md5:00".parse::<Digest>(),
+            Err(DigestError::Prefix(_))
+        ));
+        assert!(matches!(
+            good[..70].parse::<Digest>(),
+            Err(DigestError::Length(63))
+        ));
+        assert!(matches!(
+            good.to_uppercase().replace("SHA", "sha").parse::<Digest>(),
+            Err(DigestError::Hex(_))
+        ));
         assert!("sha256:é".parse::<Digest>().is_err());
     }
 

@@ -17,7 +17,11 @@ pub fn new(prefix: &str) -> String {
         tail = FALLBACK.fetch_add(1, Ordering::Relaxed).to_be_bytes();
     }
     let hex = |b: &[u8]| crate::digest::to_hex(b);
-    format!("{prefix}-{}{}", hex(&ms.to_be_bytes()[2..]), hex(&tail[2..]))
+    format!(
+        "{prefix}-{}{}",
+        hex(&ms.to_be_bytes()[2..]),
+        hex(&tail[2..])
+    )
 }
 
 #[cfg(test)]

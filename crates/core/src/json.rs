@@ -66,7 +66,10 @@ mod tests {
     fn order_of_keys_does_not_matter() {
         let a = json!({"b": [1, {"z": null, "a": "é\n"}], "a": 0.1});
         let b = json!({"a": 0.1, "b": [1, {"a": "é\n", "z": null}]});
-        assert_eq!(canonical(&a).unwrap(), r#"{"a":0.1,"b":[1,{"a":"é\n","z":null}]}"#);
+        assert_eq!(
+            canonical(&a).unwrap(),
+            r#"{"a":0.1,"b":[1,{"a":"é\n","z":null}]}"#
+        );
         assert_eq!(digest(&a).unwrap(), digest(&b).unwrap());
         assert_ne!(digest(&a).unwrap(), digest(&json!({"a": 0.2})).unwrap());
     }

@@ -8,7 +8,15 @@ use std::fmt;
 #[serde(rename_all = "snake_case")]
 #[allow(missing_docs)]
 pub enum ArtifactKind {
-    Source, Snapshot, Pack, Model, Adapter, Evaluation, Signature, Card, Report,
+    Source,
+    Snapshot,
+    Pack,
+    Model,
+    Adapter,
+    Evaluation,
+    Signature,
+    Card,
+    Report,
 }
 
 impl ArtifactKind {
