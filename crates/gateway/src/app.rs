@@ -1,0 +1,200 @@
+//! What the server is given, and what all its requests share.
+
+use crate::{
+    metrics::{Gauges, Metrics},
+    recorder::{Ledger, LiveTable},
+};
+use ashlar_api::{ApiError, Backend, ModelInfo, Usage};
+use ashlar_store::{ResponseRow, Store};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use tokio::sync::watch;
+
+/// Documents that share text with an answer, best first: id and shared span.
+pub type Rank = Arc<dyn Fn(&ResponseRow) -> Vec<(String, String)> + Send + Sync>;
+
+/// Prices of 1000 tokens by class, in any one currency. The classes are
+/// disjoint: a cached prompt token costs `cached` only.
+#[derive(Debug, Clone, Copy, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Prices {
+    /// Prompt tokens that were computed.
+    pub input: f64,
+    /// Prompt tokens found in the prefix cache.
+    pub cached: f64,
+    /// Generated tokens.
+    pub output: f64,
+}
+
+impl Prices {
+    /// The cost of one request.
+    ///
+    /// ```
+    /// use ashlar_api::Usage;
+    /// let prices = ashlar_gateway::Prices { input: 1.0, cached: 0.1, output: 2.0 };
+    /// assert_eq!(prices.cost(&Usage::new(3000, 1000, 500)), 2.0 + 0.1 + 1.0);
+    /// ```
+    pub fn cost(&self, usage: &Usage) -> f64 {
+        let cached = usage.cached_tokens().min(usage.prompt_tokens);
+        let input = usage.prompt_tokens - cached;
+        (f64::from(input) * self.input
+            + f64::from(cached) * self.cached
+            + f64::from(usage.completion_tokens) * self.output)
+            / 1000.0
+    }
+}
+
+/// Limits and manners of the server.
+#[derive(Debug, Clone)]
+pub struct GatewayConfig {
+    /// Largest request body in bytes.
+    pub max_body_bytes: usize,
+    /// Responses in flight beyond which requests are refused.
+    pub max_in_flight: usize,
+    /// Time for a request body to arrive.
+    pub body_timeout: Duration,
+    /// Time for a whole answer.
+    pub request_timeout: Duration,
+    /// Time answers in flight get to finish once the server is told to stop.
+    pub grace: Duration,
+    /// What tokens cost.
+    pub prices: Prices,
+    /// Names beyond localhost under which a loopback server may be asked.
+    pub allowed_hosts: Vec<String>,
+    /// Serve the console and `/ashlar/…`, which show answers to whoever asks,
+    /// on an address that is not loopback.
+    pub open_console: bool,
+}
+
+impl Default for GatewayConfig {
+    fn default() -> Self {
+        Self {
+            max_body_bytes: 4 << 20,
+            max_in_flight: 256,
+            body_timeout: Duration::from_secs(30),
+            request_timeout: Duration::from_secs(600),
+            grace: Duration::from_secs(10),
+            prices: Prices::default(),
+            allowed_hosts: Vec::new(),
+            open_console: false,
+        }
+    }
+}
+
+/// A release that is being served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Served {
+    /// The release's id.
+    pub id: String,
+    /// Its channel; requests may use it as a model name.
+    pub channel: String,
+    /// The id under which a backend serves it.
+    pub model: String,
+}
+
+/// Everything [`crate::serve`] works with.
+#[derive(Clone)]
+pub struct GatewayState {
+    /// Who generates; the first that serves a model answers for it.
+    pub backends: Vec<Arc<dyn Backend>>,
+    /// Where responses are recorded.
+    pub store: Store,
+    /// Which served models are releases; the first is shown in the console.
+    pub releases: Vec<Served>,
+    /// Other names of served models: alias → model id.
+    pub aliases: BTreeMap<String, String>,
+    /// Finds the documents that share text with an answer.
+    pub rank: Option<Rank>,
+    /// Limits and manners.
+    pub config: GatewayConfig,
+}
+
+impl GatewayState {
+    /// A state with default limits, no release and no alias.
+    pub fn new(backends: Vec<Arc<dyn Backend>>, store: Store) -> Self {
+        Self {
+            backends,
+            store,
+            releases: Vec::new(),
+            aliases: BTreeMap::new(),
+            rank: None,
+            config: GatewayConfig::default(),
+        }
+    }
+}
+
+/// Who answers for a model name.
+pub(crate) struct Target {
+    pub(crate) backend: Arc<dyn Backend>,
+    pub(crate) model: ModelInfo,
+    pub(crate) release: Option<String>,
+}
+
+/// What the requests of one server share.
+pub(crate) struct App {
+    pub(crate) state: GatewayState,
+    pub(crate) ledger: Ledger,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) live: LiveTable,
+    /// True once answers in flight must end.
+    pub(crate) stop: watch::Receiver<bool>,
+}
+
+impl App {
+    /// All served models, each once.
+    pub(crate) fn models(&self) -> Vec<ModelInfo> {
+        let mut models: Vec<ModelInfo> = Vec::new();
+        for model in self.state.backends.iter().flat_map(|b| b.models()) {
+            if !models.iter().any(|m| m.id == model.id) {
+                models.push(model);
+            }
+        }
+        models
+    }
+
+    /// Names a request may use: model ids, then aliases and channels.
+    pub(crate) fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.models().into_iter().map(|m| m.id).collect();
+        let others = self.state.aliases.keys();
+        for name in others.chain(self.state.releases.iter().map(|r| &r.channel)) {
+            if !names.contains(name) {
+                names.push(name.clone());
+            }
+        }
+        names
+    }
+
+    /// Who serves `name`: a model id goes before an alias, an alias before a
+    /// release channel.
+    pub(crate) fn target(&self, name: &str) -> Result<Target, ApiError> {
+        let by_id = |id: &str| {
+            self.state.backends.iter().find_map(|backend| {
+                let model = backend.models().into_iter().find(|m| m.id == id)?;
+                let release = self.state.releases.iter().find(|r| r.model == id);
+                Some(Target {
+                    backend: backend.clone(),
+                    model,
+                    release: release.map(|r| r.id.clone()),
+                })
+            })
+        };
+        by_id(name)
+            .or_else(|| by_id(self.state.aliases.get(name)?))
+            .or_else(|| by_id(&self.state.releases.iter().find(|r| r.channel == name)?.model))
+            .ok_or_else(|| ApiError::unknown_model(name, &self.names()))
+    }
+
+    /// The backends' figures, added up.
+    pub(crate) fn gauges(&self) -> Gauges {
+        let mut sum = Gauges {
+            in_flight: self.live.len() as u64,
+            ..Gauges::default()
+        };
+        for stats in self.state.backends.iter().map(|b| b.stats()) {
+            sum.running += u64::from(stats.running);
+            sum.waiting += u64::from(stats.waiting);
+            sum.blocks_used += u64::from(stats.blocks_used);
+            sum.blocks_total += u64::from(stats.blocks_total);
+        }
+        sum
+    }
+}

@@ -1,0 +1,331 @@
+//! The record of one response: admitted before any work, settled exactly once.
+//!
+//! Every completion endpoint goes through [`Recorder`]. It settles when the
+//! answer ends, when it fails, or, through its drop, when whoever held it went
+//! away: a client that disconnects drops its HTTP body and with it the
+//! recorder. All entries pass one writer task in order, so that a settlement
+//! never overtakes its admission and dropping needs no runtime.
+//!
+//! What may not happen here: a second settlement (`open` is cleared by the
+//! first, the store checks it again), or an answer without an admission (the
+//! backend is asked only after the store has acknowledged it). A killed
+//! process leaves admissions open; `Store::settle_orphans` closes those at the
+//! next start.
+//!
+//! Rejected: a task spawned by each drop, which races with its own admission
+//! and with the end of the process.
+
+use crate::{
+    app::App,
+    metrics::{Metrics, Sample},
+    refusal,
+};
+use ashlar_api::{Event, Timings, Usage};
+use ashlar_core::clock;
+use ashlar_store::{Admission, Settlement, Store, StoreError};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+    },
+    time::Instant,
+};
+use tokio::sync::{mpsc, oneshot};
+
+enum Entry {
+    Admit(Admission, oneshot::Sender<Result<(), StoreError>>),
+    Settle(String, Settlement, Option<oneshot::Sender<()>>),
+    Flush(oneshot::Sender<()>),
+}
+
+/// The way to the writer task.
+pub(crate) struct Ledger(mpsc::UnboundedSender<Entry>);
+
+impl Ledger {
+    /// A ledger and the task that writes it; the task ends when the ledger and
+    /// every recorder are gone.
+    pub(crate) fn new(store: Store, metrics: Arc<Metrics>) -> (Self, impl Future<Output = ()>) {
+        let (tx, mut rx) = mpsc::unbounded_channel();
+        let writer = async move {
+            while let Some(entry) = rx.recv().await {
+                // A receiver that is gone does not wait for the answer.
+                match entry {
+                    Entry::Admit(admission, ack) => {
+                        let result = store.admit(&admission).await;
+                        if result.is_err() {
+                            metrics.ledger_error();
+                        }
+                        let _ = ack.send(result);
+                    }
+                    Entry::Settle(id, settlement, ack) => {
+                        if store.settle(&id, &settlement).await.is_err() {
+                            metrics.ledger_error();
+                        }
+                        if let Some(ack) = ack {
+                            let _ = ack.send(());
+                        }
+                    }
+                    Entry::Flush(ack) => {
+                        let _ = ack.send(());
+                    }
+                }
+            }
+        };
+        (Self(tx), writer)
+    }
+
+    /// Waits until all entries so far are written.
+    pub(crate) async fn flush(&self) {
+        let (ack, done) = oneshot::channel();
+        if self.0.send(Entry::Flush(ack)).is_ok() {
+            let _ = done.await;
+        }
+    }
+}
+
+/// A response in flight, as the console shows it.
+pub(crate) struct Live {
+    id: String,
+    model: String,
+    endpoint: &'static str,
+    stream: bool,
+    at_ms: i64,
+    arrived: Instant,
+    prompt: AtomicU32,
+    tokens: AtomicU32,
+    /// Microseconds + 1; 0 before the first token.
+    ttft_us: AtomicU64,
+}
+
+/// All responses in flight.
+#[derive(Default)]
+pub(crate) struct LiveTable(Mutex<BTreeMap<String, Arc<Live>>>);
+
+impl LiveTable {
+    fn with<T>(&self, f: impl FnOnce(&mut BTreeMap<String, Arc<Live>>) -> T) -> T {
+        f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.with(|t| t.len())
+    }
+
+    pub(crate) fn to_json(&self) -> serde_json::Value {
+        let rows = self.with(|t| t.values().cloned().collect::<Vec<_>>());
+        rows.iter()
+            .map(|l| {
+                let ttft = l.ttft_us.load(Relaxed);
+                serde_json::json!({
+                    "id": l.id, "model": l.model, "endpoint": l.endpoint, "stream": l.stream,
+                    "at_ms": l.at_ms, "elapsed_ms": l.arrived.elapsed().as_millis() as u64,
+                    "prompt_tokens": l.prompt.load(Relaxed), "tokens": l.tokens.load(Relaxed),
+                    "ttft_ms": (ttft > 0).then(|| (ttft - 1) as f64 / 1e3),
+                })
+            })
+            .collect()
+    }
+}
+
+/// What is known of a request before it runs.
+pub(crate) struct Intake {
+    pub(crate) id: String,
+    pub(crate) release: Option<String>,
+    pub(crate) model: String,
+    pub(crate) backend: String,
+    pub(crate) endpoint: &'static str,
+    pub(crate) seed: Option<u64>,
+    pub(crate) stream: bool,
+    pub(crate) arrived: Instant,
+}
+
+/// How a response ended.
+enum End<'a> {
+    Done(&'a str, Usage, Timings),
+    Failed(&'a str),
+    Cancelled,
+}
+
+/// The open record of one response.
+pub(crate) struct Recorder {
+    app: Arc<App>,
+    live: Arc<Live>,
+    answer: String,
+    cached: u32,
+    started: Option<Instant>,
+    first: Option<Instant>,
+    last: Option<Instant>,
+    open: bool,
+}
+
+impl Recorder {
+    /// Admits the response.
+    ///
+    /// # Errors
+    /// When the store does not take it; there is nothing to settle then.
+    pub(crate) async fn admit(app: Arc<App>, intake: Intake) -> Result<Self, StoreError> {
+        let live = Arc::new(Live {
+            id: intake.id.clone(),
+            model: intake.model.clone(),
+            endpoint: intake.endpoint,
+            stream: intake.stream,
+            at_ms: clock::now_ms(),
+            arrived: intake.arrived,
+            prompt: AtomicU32::new(0),
+            tokens: AtomicU32::new(0),
+            ttft_us: AtomicU64::new(0),
+        });
+        app.live.with(|t| t.insert(live.id.clone(), live.clone()));
+        let (ack, admitted) = oneshot::channel();
+        let admission = Admission {
+            id: intake.id,
+            release: intake.release,
+            model: intake.model,
+            backend: intake.backend,
+            endpoint: intake.endpoint.to_owned(),
+            at_ms: live.at_ms,
+            seed: intake.seed,
+            stream: intake.stream,
+        };
+        let sent = app.ledger.0.send(Entry::Admit(admission, ack)).is_ok();
+        // From here on the drop settles, also when the client leaves while the
+        // store is still writing.
+        let mut recorder = Self {
+            app,
+            live,
+            answer: String::new(),
+            cached: 0,
+            started: None,
+            first: None,
+            last: None,
+            open: sent,
+        };
+        let gone = || StoreError::Task("the ledger's writer has ended".into());
+        let result = if sent {
+            admitted.await.unwrap_or_else(|_| Err(gone()))
+        } else {
+            Err(gone())
+        };
+        if let Err(e) = result {
+            recorder.open = false;
+            return Err(e);
+        }
+        Ok(recorder)
+    }
+
+    pub(crate) fn id(&self) -> &str {
+        &self.live.id
+    }
+
+    /// Takes note of an event; one that ends the answer is settled before this
+    /// returns, so that whoever sees the end also finds the record.
+    pub(crate) async fn note(&mut self, event: &Event) {
+        let now = Instant::now();
+        match event {
+            Event::Started {
+                prompt_tokens,
+                cached_tokens,
+            } => {
+                self.started = Some(now);
+                self.cached = *cached_tokens;
+                self.live.prompt.store(*prompt_tokens, Relaxed);
+            }
+            Event::Token { text, .. } => {
+                self.answer.push_str(text);
+                self.live.tokens.fetch_add(1, Relaxed);
+                match self.last {
+                    Some(last) => self.app.metrics.token_gap((now - last).as_secs_f64()),
+                    None => {
+                        self.first = Some(now);
+                        let us = (now - self.live.arrived).as_micros();
+                        let us = u64::try_from(us).unwrap_or(u64::MAX - 1);
+                        self.live.ttft_us.store(us + 1, Relaxed);
+                    }
+                }
+                self.last = Some(now);
+            }
+            Event::Done {
+                finish,
+                usage,
+                timings,
+            } => {
+                let end = End::Done(finish.as_str(), *usage, *timings);
+                self.settle_and_wait(end).await;
+            }
+        }
+    }
+
+    /// Settles as an error, and waits for it to be written.
+    pub(crate) async fn fail(&mut self, message: &str) {
+        self.settle_and_wait(End::Failed(message)).await;
+    }
+
+    /// Settles as cancelled, and waits for it to be written.
+    pub(crate) async fn cancel(&mut self) {
+        self.settle_and_wait(End::Cancelled).await;
+    }
+
+    async fn settle_and_wait(&mut self, end: End<'_>) {
+        let (ack, written) = oneshot::channel();
+        if self.settle(end, Some(ack)) {
+            let _ = written.await;
+        }
+    }
+
+    /// Sends the one settlement; false when it was sent before.
+    fn settle(&mut self, end: End<'_>, ack: Option<oneshot::Sender<()>>) -> bool {
+        if !std::mem::take(&mut self.open) {
+            return false;
+        }
+        let counted = Usage::new(
+            self.live.prompt.load(Relaxed),
+            self.cached,
+            self.live.tokens.load(Relaxed),
+        );
+        let since = |t: Option<Instant>| t.map(|t| (t - self.live.arrived).as_secs_f64());
+        let (finish, usage, queue_s, error) = match end {
+            End::Done(finish, usage, t) => (finish, usage, Some(t.queue_ms / 1e3), None),
+            End::Failed(e) => ("error", counted, since(self.started), Some(e.to_owned())),
+            End::Cancelled => ("cancelled", counted, since(self.started), None),
+        };
+        let (ttft_s, total_s) = (since(self.first), self.live.arrived.elapsed().as_secs_f64());
+        let cost = self.app.state.config.prices.cost(&usage);
+        let refusal = refusal::opens_with_refusal(&self.answer);
+        self.app.metrics.settled(&Sample {
+            model: &self.live.model,
+            endpoint: self.live.endpoint,
+            finish,
+            prompt_tokens: usage.prompt_tokens,
+            cached_tokens: usage.cached_tokens(),
+            completion_tokens: usage.completion_tokens,
+            queue_s,
+            ttft_s,
+            total_s,
+            refusal,
+            cost,
+        });
+        let answer = std::mem::take(&mut self.answer);
+        let settlement = Settlement {
+            finish: finish.to_owned(),
+            prompt_tokens: usage.prompt_tokens.into(),
+            cached_tokens: usage.cached_tokens().into(),
+            completion_tokens: usage.completion_tokens.into(),
+            queue_ms: queue_s.unwrap_or(0.0) * 1e3,
+            ttft_ms: ttft_s.unwrap_or(0.0) * 1e3,
+            total_ms: total_s * 1e3,
+            cost,
+            refusal,
+            answer: (!answer.is_empty()).then_some(answer),
+            error,
+        };
+        let entry = Entry::Settle(self.live.id.clone(), settlement, ack);
+        self.app.ledger.0.send(entry).is_ok()
+    }
+}
+
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        self.settle(End::Cancelled, None);
+        self.app.live.with(|t| t.remove(&self.live.id));
+    }
+}
