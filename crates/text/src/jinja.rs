@@ -87,7 +87,8 @@ fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(open) = rest.find("{%") {
-        let Some(close) = rest[open..].find("%}").map(|i| open + i) else {
+        // From behind the `{%`, because `{%}` is not a whole tag.
+        let Some(close) = rest[open + 2..].find("%}").map(|i| open + 2 + i) else {
             break;
         };
         let inside = &rest[open + 2..close];
@@ -242,7 +243,7 @@ mod tests {
     #[test]
     fn python_habits() {
         let ok = |source, want: &str| assert_eq!(run(source).unwrap().unwrap(), want, "{source}");
-        ok("{{ s.strip() }}{{ s.strip().startswith('a') }}", "a btrue");
+        ok("{{ s.strip() }}{{ s.strip().startswith('a') }}", "a bTrue");
         ok("{{ list | tojson }}", r#"["é", "<b>"]"#);
         ok(
             "{{ {'a': 1, 'b': [1, 2]} | tojson }}",
@@ -264,6 +265,7 @@ mod tests {
     fn what_goes_wrong_is_an_error() {
         assert!(compile("{% if %}").is_err());
         assert!(compile("{{").is_err());
+        assert!(compile("{%}").is_err());
         let error = run("{{ raise_exception('no tools') }}").unwrap_err();
         assert!(error.to_string().contains("no tools"), "{error}");
         assert!(run("{{ strftime_now('%Q') }}").is_err());
