@@ -37,7 +37,11 @@ fn kind(error: &FormatError) -> String {
     let detail = match error {
         FormatError::Shape { why, .. } | FormatError::Offset { why, .. } => (*why).to_owned(),
         FormatError::Value { need, .. } | FormatError::Adapter { need, .. } => (*need).to_owned(),
-        FormatError::Json { why, .. } => why.split(['`', '"', '0']).next().unwrap_or("").to_owned(),
+        FormatError::Json { why, .. } => {
+            let plain = why.split(" at line").next().unwrap_or_default();
+            let end = plain.find(|c: char| !(c.is_ascii_alphabetic() || c == ' '));
+            plain[..end.unwrap_or(plain.len())].to_owned()
+        }
         // How far reading came, by powers of two.
         FormatError::Truncated { at, .. } | FormatError::Utf8 { at, .. } => {
             at.checked_ilog2().unwrap_or(0).to_string()

@@ -1,6 +1,8 @@
 //! Attacks on the readers: each kept case names what it must be refused for,
 //! and random damage to valid files never panics.
 
+#![allow(clippy::unwrap_used)] // a failed test is meant to panic
+
 use ashlar_core::{DType, Fault, Hint};
 use ashlar_formats::{FormatError, Gguf, GgufWriter, Value, pickle, safetensors};
 use proptest::prelude::*;

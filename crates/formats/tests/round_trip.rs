@@ -1,5 +1,7 @@
 //! What is written reads back the same, and the real model file parses.
 
+#![allow(clippy::unwrap_used)] // a failed test is meant to panic
+
 use ashlar_core::DType;
 use ashlar_formats::{Gguf, GgufWriter, Value, peft, safetensors};
 use proptest::prelude::*;

@@ -1,5 +1,7 @@
 //! Tokenizers, templates and masks on a small vocabulary built here.
 
+#![allow(clippy::unwrap_used)] // a failed test is meant to panic
+
 use ashlar_text::{ChatTemplate, GgufVocab, Masked, Message, TextError, Tokenizer, masked_chat};
 use proptest::prelude::*;
 use std::sync::LazyLock;

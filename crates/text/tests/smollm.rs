@@ -3,6 +3,8 @@
 //! The metadata is read by a few lines here, because `text` does not lean on
 //! `formats`.
 
+#![allow(clippy::unwrap_used)] // a failed test is meant to panic
+
 use ashlar_text::{ChatTemplate, GgufVocab, Message, Tokenizer, masked_chat};
 use std::{collections::HashMap, path::PathBuf};
 
