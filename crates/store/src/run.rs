@@ -333,6 +333,9 @@ impl Run {
                 artifact,
             });
         }
+        if docs.is_empty() {
+            return Ok(());
+        }
         let of = self.exposures.entry(artifact).or_default();
         for e in docs {
             *of.entry(e.doc).or_default() += u64::from(e.samples);

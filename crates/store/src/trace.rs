@@ -810,15 +810,10 @@ impl<'a> Tree<'a, '_> {
                 "document" => format!("exposed to {total} document{s}"),
                 _ => format!("{total} response{s}"),
             };
-            let note = if fresh.len() < total {
-                ", listed above"
-            } else {
-                ""
-            };
-            let note = if fresh.is_empty() || note.is_empty() {
-                note.to_string()
-            } else {
-                format!(", {} listed above", total - fresh.len())
+            let note = match total - fresh.len() {
+                0 => String::new(),
+                above if above == total => ", listed above".into(),
+                above => format!(", {above} of them listed above"),
             };
             let _ = writeln!(self.out, "{indent}└─ {title}{note}");
             let cut = fresh.len().saturating_sub(SHOWN);
