@@ -1,1 +1,26 @@
 //! Matmul, attention, norms, thread pool; a plain reference beside each fast path.
+//!
+//! The promise of this crate: a row of any result has the same bits whatever
+//! other rows are computed with it, on however many threads, on whichever
+//! instruction set. It is kept by fixing the order of every floating-point
+//! operation and writing each fused multiply-add as one. What may not happen
+//! here: file formats, model shapes, a sum split by thread or by batch.
+
+mod attention;
+mod error;
+mod isa;
+mod matmul;
+mod ops;
+mod packed;
+mod pool;
+mod quants;
+pub mod sgemm;
+
+pub use attention::{KvLayout, attention, store_kv};
+pub use error::KernelError;
+pub use isa::Isa;
+pub use matmul::{matmul, matmul_many};
+pub use ops::{RopeTable, add, rms_norm, rope_halves, rope_interleaved, silu_mul, softmax};
+pub use packed::PackedMatrix;
+pub use pool::Pool;
+pub use quants::{dequantize, quantize};

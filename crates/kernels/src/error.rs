@@ -1,0 +1,56 @@
+//! What the kernels refuse.
+
+use ashlar_core::{DType, Fault, Hint};
+
+/// A block type or buffer that a kernel cannot take.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum KernelError {
+    /// No arithmetic is known for this type.
+    #[error("{action} {dtype:?} is not supported")]
+    Unsupported {
+        /// What was asked: "dequantizing", "quantizing".
+        action: &'static str,
+        /// The type.
+        dtype: DType,
+    },
+    /// Bytes and values do not match.
+    #[error("{values} values of {dtype:?} take {expected} bytes, got {got}")]
+    Length {
+        /// The type.
+        dtype: DType,
+        /// Values asked for.
+        values: usize,
+        /// Bytes they take; 0 when they do not fill whole blocks.
+        expected: usize,
+        /// Bytes there are.
+        got: usize,
+    },
+    /// Values do not fill whole blocks.
+    #[error("{values} values do not fill whole blocks of {block} ({dtype:?})")]
+    Ragged {
+        /// The type.
+        dtype: DType,
+        /// Values given.
+        values: usize,
+        /// Values in a block.
+        block: usize,
+    },
+}
+
+impl Hint for KernelError {
+    fn fault(&self) -> Fault {
+        Fault::Input
+    }
+
+    fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::Unsupported { .. } => {
+                "convert the file to Q8_0, Q4_1, Q4_0, F16 or F32".to_owned()
+            }
+            Self::Length { .. } => "the file is cut short or mislabelled; fetch it again".to_owned(),
+            Self::Ragged { block, .. } => {
+                format!("rows must be a multiple of {block} values; choose a plain type such as F16")
+            }
+        })
+    }
+}
