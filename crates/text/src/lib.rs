@@ -9,12 +9,15 @@
 
 mod bytes;
 mod chat;
+pub mod detect;
 mod error;
 mod jinja;
 mod mask;
+mod overlap;
 mod tokenizer;
 
 pub use chat::{ChatTemplate, Message};
 pub use error::TextError;
 pub use mask::{Masked, masked_chat};
+pub use overlap::{Overlap, overlap};
 pub use tokenizer::{GgufVocab, StreamDecoder, Tokenizer};
