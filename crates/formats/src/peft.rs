@@ -101,7 +101,7 @@ impl LoraConfig {
             }
         }
         let config: Self = serde_json::from_value(json).map_err(|e| FormatError::json(WHAT, &e))?;
-        if config.r == 0 || !config.lora_alpha.is_finite() {
+        if config.r == 0 || !config.scaling().is_finite() {
             return Err(FormatError::Value {
                 what: "adapter rank and alpha".to_owned(),
                 found: format!("r={}, lora_alpha={}", config.r, config.lora_alpha),

@@ -388,6 +388,21 @@ fn safetensors_attacks() {
     assert!(write(&[("a", &[1], DType::U8, &[0]), ("a", &[1], DType::U8, &[0])]).is_err());
 }
 
+/// Found by `fuzz adapter`: a long alpha may be read one unit in the last place
+/// off, because `serde_json` is built without `float_roundtrip`.
+#[test]
+fn adapter_alpha_of_many_digits_keeps_its_scale() {
+    let json = r#"{"r":4,"lora_alpha":184467440737095516.15e2,"target_modules":["q"]}"#;
+    let read = |json: &str| ashlar_formats::peft::LoraConfig::from_json(json.as_bytes()).unwrap();
+    let first = read(json);
+    let again = read(&first.to_json());
+    let off = (first.scaling() - again.scaling()).abs() / first.scaling();
+    assert!(off <= f32::EPSILON, "{off}");
+    // Finite as written, infinite as the scale that is applied.
+    let huge = json.replace("184467440737095516.15e2", "1e300");
+    assert!(ashlar_formats::peft::LoraConfig::from_json(huge.as_bytes()).is_err());
+}
+
 /// Walks everything a parsed file offers.
 fn read_all(bytes: &[u8]) {
     if let Ok(g) = Gguf::parse(bytes) {

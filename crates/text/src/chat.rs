@@ -96,7 +96,7 @@ impl ChatTemplate {
             eos_token => inner.eos,
             tools => (),
             documents => (),
-            __now_ms => now,
+            __now_ms => now, // `jinja::NOW`
         };
         jinja::render(&inner.env, context, limit)
             .map_err(|e| template_error(&e))?
