@@ -155,7 +155,8 @@ pub struct ChatRequest {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum Prompt {
-    /// Text, tokenized as it stands; special tokens in it are only text.
+    /// Text; the caller writes all of it, so control tokens written out are
+    /// control tokens, as in other servers.
     Text(String),
     /// Token ids.
     Tokens(Vec<u32>),

@@ -1,0 +1,247 @@
+//! Requests through the whole backend, on the fake model.
+
+use super::*;
+use crate::fake::{BOOM, Fake, text};
+use ashlar_api::{ChatMessage, Finish};
+use futures::{StreamExt, executor::block_on};
+use std::time::Duration;
+
+const CONFIG: EngineConfig = EngineConfig {
+    kv_blocks: 16,
+    max_batch: 4,
+    max_prefill: 64,
+    max_queue: 3,
+};
+
+fn backend(pause: Duration) -> LocalBackend {
+    let (tokenizer, template) = text();
+    let mut fake = Fake::new(CONFIG.kv_blocks);
+    fake.pause = pause;
+    LocalBackend::start("m", fake, 4096, tokenizer, template, CONFIG).unwrap()
+}
+
+fn chat(content: &str) -> ChatRequest {
+    ChatRequest {
+        temperature: Some(0.0),
+        max_tokens: Some(20),
+        ..ChatRequest::new("m", vec![ChatMessage::user(content)])
+    }
+}
+
+fn ids(ids: Vec<u32>, max_tokens: u32) -> CompletionRequest {
+    CompletionRequest {
+        prompt: Prompt::Tokens(ids),
+        max_tokens: Some(max_tokens),
+        ..CompletionRequest::new("m", "")
+    }
+}
+
+fn refused(r: Result<EventStream, ApiError>) -> ApiError {
+    r.err().expect("must be refused")
+}
+
+/// Waits for the scheduler to reach a state.
+#[track_caller]
+fn until(b: &LocalBackend, what: &str, reached: impl Fn(&BackendStats) -> bool) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while !reached(&b.stats()) {
+        assert!(Instant::now() < end, "never {what}: {:?}", b.stats());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn an_answer_has_its_counts_and_times() {
+    let b = backend(Duration::from_millis(1));
+    let events: Vec<_> = block_on(async {
+        b.chat(chat("hello"))
+            .await
+            .unwrap()
+            .collect::<Vec<_>>()
+            .await
+    });
+    let Some(Ok(Event::Started {
+        prompt_tokens,
+        cached_tokens: 0,
+    })) = events.first()
+    else {
+        panic!("{events:?}");
+    };
+    let Some(Ok(Event::Done {
+        finish,
+        usage,
+        timings,
+    })) = events.last()
+    else {
+        panic!("{events:?}");
+    };
+    assert_eq!(usage.prompt_tokens, *prompt_tokens);
+    assert_eq!(*finish == Finish::Length, usage.completion_tokens == 20);
+    assert!(
+        timings.prefill_ms >= 1.0 && timings.queue_ms >= 0.0,
+        "{timings:?}"
+    );
+    let stats = b.stats();
+    assert_eq!(
+        (stats.finished, stats.blocks_used, stats.running),
+        (1, 0, 0)
+    );
+}
+
+#[test]
+fn too_long_is_refused_with_the_numbers() {
+    let b = backend(Duration::ZERO);
+    assert_eq!(b.models()[0].context, 512, "the pool bounds the context");
+    let e = refused(block_on(b.complete(ids(vec![1; 500], 13))));
+    assert_eq!(
+        (e.status, e.code.as_deref()),
+        (400, Some("context_length_exceeded"))
+    );
+    for n in ["500", "13", "513", "512"] {
+        assert!(e.message.contains(n), "{}", e.message);
+    }
+    let e = refused(block_on(b.complete(ids(vec![1; 512], 1))));
+    assert!(e.message.contains("no room"), "{}", e.message);
+    let e = refused(block_on(b.chat(chat(&"x".repeat(1_000_000)))));
+    assert_eq!(
+        (e.param.as_deref(), e.code.as_deref()),
+        (Some("messages"), Some("context_length_exceeded"))
+    );
+    let e = block_on(b.score(&"x".repeat(600), "y")).unwrap_err();
+    assert_eq!(e.code.as_deref(), Some("context_length_exceeded"));
+    let fits = block_on(async {
+        b.complete(ids(vec![1; 500], 12))
+            .await
+            .unwrap()
+            .collect::<Vec<_>>()
+            .await
+    });
+    assert!(matches!(fits.last(), Some(Ok(Event::Done { .. }))));
+}
+
+#[test]
+fn other_bad_requests_are_typed() {
+    let b = backend(Duration::ZERO);
+    let e = refused(block_on(b.chat(ChatRequest {
+        model: "gpt".into(),
+        ..chat("x")
+    })));
+    assert_eq!(
+        (e.status, e.code.as_deref()),
+        (404, Some("model_not_found"))
+    );
+    assert!(e.message.contains("served: m"));
+    let e = refused(block_on(b.complete(ids(vec![1, 999], 1))));
+    assert!(
+        e.message.contains("prompt[1] is token 999"),
+        "{}",
+        e.message
+    );
+    let e = refused(block_on(b.chat(ChatRequest {
+        logit_bias: vec![(259, 1.0)],
+        ..chat("x")
+    })));
+    assert_eq!(e.param.as_deref(), Some("logit_bias"));
+    let bad_role = ChatMessage {
+        role: "a b".into(),
+        content: String::new(),
+    };
+    let e = refused(block_on(b.chat(ChatRequest {
+        messages: vec![bad_role],
+        ..chat("")
+    })));
+    assert_eq!((e.status, e.param.as_deref()), (400, Some("messages")));
+    let e = block_on(b.score("abc", "")).unwrap_err();
+    assert_eq!(e.param.as_deref(), Some("continuation"));
+    let (tokenizer, template) = text();
+    let none = EngineConfig {
+        kv_blocks: 0,
+        ..CONFIG
+    };
+    assert!(matches!(
+        check(&none),
+        Err(EngineError::Setting {
+            name: "kv_blocks",
+            ..
+        })
+    ));
+    drop((tokenizer, template));
+}
+
+#[test]
+fn a_client_that_leaves_frees_its_blocks() {
+    let b = backend(Duration::from_millis(2));
+    let mut stream = block_on(b.complete(ids(vec![1; 60], 400))).unwrap();
+    assert!(matches!(
+        block_on(stream.next()),
+        Some(Ok(Event::Started { .. }))
+    ));
+    drop(stream);
+    until(&b, "freed", |s| s.blocks_used == 0 && s.cancelled == 1);
+}
+
+#[test]
+fn a_full_queue_is_429_with_a_time() {
+    let b = backend(Duration::from_millis(5));
+    let mut held = Vec::new();
+    let e = loop {
+        match block_on(b.complete(ids(vec![9; 3], 100))) {
+            Ok(stream) => held.push(stream),
+            Err(e) => break e,
+        }
+        assert!(held.len() < 50, "the queue never filled");
+    };
+    assert_eq!((e.status, e.retry_after.is_some()), (429, true));
+    drop(held);
+    until(&b, "idle", |s| s.running == 0 && s.waiting == 0);
+    assert!(
+        block_on(b.complete(ids(vec![9; 3], 1))).is_ok(),
+        "the queue is open again"
+    );
+}
+
+#[test]
+fn a_panic_reaches_every_client_and_the_health() {
+    let b = backend(Duration::from_millis(2));
+    let bystander = block_on(b.complete(ids(vec![1; 10], 400))).unwrap();
+    let culprit = block_on(b.complete(ids(vec![BOOM; 3], 4))).unwrap();
+    for stream in [bystander, culprit] {
+        let events = block_on(stream.collect::<Vec<_>>());
+        let Some(Err(e)) = events.last() else {
+            // The bystander may have ended before.
+            assert!(matches!(events.last(), Some(Ok(Event::Done { .. }))));
+            continue;
+        };
+        assert_eq!(e.status, 500);
+    }
+    until(&b, "unhealthy", |s| s.unhealthy.is_some());
+    assert!(b.stats().unhealthy.unwrap().contains("bad token"));
+    assert_eq!(refused(block_on(b.chat(chat("x")))).status, 503);
+    assert_eq!(block_on(b.score("a", "b")).unwrap_err().status, 503);
+}
+
+#[test]
+fn stopping_the_engine_ends_its_streams_as_cancelled() {
+    let b = backend(Duration::from_millis(2));
+    let stream = block_on(b.complete(ids(vec![1; 10], 400))).unwrap();
+    until(&b, "running", |s| s.running == 1);
+    drop(b);
+    let events = block_on(stream.collect::<Vec<_>>());
+    let Some(Ok(Event::Done { finish, .. })) = events.last() else {
+        panic!("{events:?}");
+    };
+    assert!(matches!(finish, Finish::Cancelled | Finish::Stop));
+}
+
+#[test]
+fn scores_are_cut_where_the_harness_cuts() {
+    let b = backend(Duration::ZERO);
+    let s = |c: &str, t: &str| block_on(b.score(c, t)).unwrap();
+    assert_eq!(s("ab", "cd").tokens, 2);
+    // White space at the end of the context is scored with the continuation.
+    assert_eq!(s("ab ", "cd"), s("ab", " cd"));
+    assert_eq!(s("", "cd").tokens, 2);
+    // Chain rule: the parts sum to the whole.
+    let whole = s("ab", "cdef").logprob;
+    assert!((whole - s("ab", "cd").logprob - s("abcd", "ef").logprob).abs() < 1e-6);
+}

@@ -1,0 +1,84 @@
+//! Why an engine could not start. Errors of a request are `ApiError`s.
+
+use ashlar_core::{Fault, Hint};
+use ashlar_model::{ModelError, formats::FormatError};
+use ashlar_text::TextError;
+use std::path::PathBuf;
+
+/// An engine that could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The model file could not be read.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's words.
+        source: std::io::Error,
+    },
+    /// The file is not a GGUF file.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// The weights cannot be used.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The vocabulary or chat template cannot be used.
+    #[error(transparent)]
+    Text(#[from] TextError),
+    /// Metadata the tokenizer needs is missing or of another type.
+    #[error("the model file's {key} is missing or not {wanted}")]
+    Metadata {
+        /// The metadata key.
+        key: &'static str,
+        /// What it should be.
+        wanted: &'static str,
+    },
+    /// Tokens the model has no weights for.
+    #[error("the tokenizer has {tokenizer} tokens, the model {model}")]
+    Vocabulary {
+        /// Ids of the tokenizer.
+        tokenizer: usize,
+        /// Rows of the model's output.
+        model: usize,
+    },
+    /// A setting that cannot work.
+    #[error("engine setting {name} is {value}, must be at least {least}")]
+    Setting {
+        /// Which.
+        name: &'static str,
+        /// What was given.
+        value: usize,
+        /// The least that works.
+        least: usize,
+    },
+    /// The scheduler's thread could not be started.
+    #[error("starting the scheduler thread: {0}")]
+    Thread(std::io::Error),
+}
+
+impl Hint for EngineError {
+    fn fault(&self) -> Fault {
+        match self {
+            Self::Io { .. } | Self::Thread(_) => Fault::Environment,
+            Self::Format(e) => e.fault(),
+            Self::Model(e) => e.fault(),
+            Self::Text(e) => e.fault(),
+            _ => Fault::Input,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Format(e) => e.hint(),
+            Self::Model(e) => e.hint(),
+            Self::Text(e) => e.hint(),
+            Self::Metadata { .. } => {
+                Some("use a GGUF file with its tokenizer and chat template inside".into())
+            }
+            Self::Vocabulary { .. } => Some("use the tokenizer the model was made with".into()),
+            Self::Io { .. } => Some("check the path and its permissions".into()),
+            Self::Setting { name, least, .. } => Some(format!("set {name} to {least} or more")),
+            Self::Thread(_) => Some("raise the limit of processes for this user".into()),
+        }
+    }
+}
