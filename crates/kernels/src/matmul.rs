@@ -542,7 +542,8 @@ mod tests {
                 let mut row = vec![0.0; k];
                 for i in 0..n {
                     w.dequantize_row(i, &mut row);
-                    prop_assert_eq!(bits(&row), bits(&plain[i * k..][..k]), "{:?}", dtype);
+                    // By value: the two may give zeros of either sign.
+                    prop_assert_eq!(&row, &plain[i * k..][..k], "{:?}", dtype);
                 }
                 let x = noise(k, seed + 9);
                 let mut out = vec![0.0; n];

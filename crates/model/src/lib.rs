@@ -1,1 +1,23 @@
 //! Architectures, weights and the inference forward pass.
+//!
+//! What may not happen here: scheduling, sampling, text. A row of logits depends
+//! on its own sequence alone; `kernels` keeps that promise bit for bit, and
+//! nothing here sums across rows.
+
+mod cache;
+mod config;
+mod error;
+mod forward;
+mod load;
+mod weights;
+
+pub use ashlar_formats as formats;
+pub use cache::KvCache;
+pub use config::Config;
+pub use error::ModelError;
+pub use forward::{Item, Logits, Want, Workspace};
+pub use load::Model;
+pub use weights::{LayerWeights, Weights};
+
+/// Tokens in a block of the KV cache.
+pub const BLOCK: usize = 32;
