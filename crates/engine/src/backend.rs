@@ -449,7 +449,11 @@ impl Backend for LocalBackend {
     }
 
     fn stats(&self) -> BackendStats {
-        self.shared.stats().clone()
+        let mut stats = self.shared.stats().clone();
+        // Jobs the scheduler has not seen yet wait too.
+        let queued = self.shared.queued.load(Ordering::Relaxed);
+        stats.waiting = stats.waiting.max(u32::try_from(queued).unwrap_or(u32::MAX));
+        stats
     }
 }
 
