@@ -210,10 +210,10 @@ async function showLineage(id, push = true) {
   if (!id) return;
   $("lineage-of").textContent = id;
   try {
-    const layout = window.innerWidth < 760 ? "tall" : "wide";
+    // Nine layers side by side fit no screen legibly; on top of each other they do.
     const [{ trace, response }, picture] = await Promise.all([
       json("/ashlar/trace/" + encodeURIComponent(id)),
-      fetch("/ashlar/graph/" + encodeURIComponent(id) + ".svg?layout=" + layout).then((r) => r.ok ? r.text() : Promise.reject(new Error("no picture: status " + r.status))),
+      fetch("/ashlar/graph/" + encodeURIComponent(id) + ".svg?layout=tall").then((r) => r.ok ? r.text() : Promise.reject(new Error("no picture: status " + r.status))),
     ]);
     if (chosen !== id) return;
     const svg = new DOMParser().parseFromString(picture, "image/svg+xml").documentElement;
