@@ -25,6 +25,8 @@ mod pack;
 mod rng;
 mod run;
 #[cfg(test)]
+mod real;
+#[cfg(test)]
 mod testing;
 
 pub use error::TrainError;
