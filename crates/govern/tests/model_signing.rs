@@ -1,6 +1,8 @@
 //! Our signatures under PyPI's `model-signing`, and its under ours, on each
 //! curve. Wants `$ASHLAR_PEERS_PYTHON`, a Python that has the package.
 
+#![allow(clippy::unwrap_used)]
+
 use ashlar_govern::{GovernError, keygen, sign_dir, verify_dir};
 use p256::pkcs8::{EncodePrivateKey as _, EncodePublicKey as _, LineEnding};
 use std::{fs, path::Path, process::Command};
@@ -75,14 +77,29 @@ fn p384() {
     let home = tempfile::tempdir().unwrap();
     let (private, public) = (home.path().join("k"), home.path().join("p"));
     let key = p384::SecretKey::from_slice(&[0x5a; 48]).unwrap();
-    // SEC1, as `openssl ecparam -genkey` writes it.
-    fs::write(&private, key.to_sec1_pem(LineEnding::LF).unwrap()).unwrap();
+    fs::write(&private, key.to_pkcs8_pem(LineEnding::LF).unwrap()).unwrap();
     fs::write(
         &public,
         key.public_key().to_public_key_pem(LineEnding::LF).unwrap(),
     )
     .unwrap();
     both_ways(&python, home.path(), &private, &public);
+}
+
+#[test]
+fn keys_in_sec1_are_read_too() {
+    let home = tempfile::tempdir().unwrap();
+    let dir = home.path().join("model");
+    fs::create_dir(&dir).unwrap();
+    fs::write(dir.join("weights"), "w").unwrap();
+    let (private, public) = (home.path().join("k"), home.path().join("p"));
+    let key = p384::SecretKey::from_slice(&[0x5a; 48]).unwrap();
+    fs::write(&private, key.to_sec1_pem(LineEnding::LF).unwrap()).unwrap();
+    let pem = key.public_key().to_public_key_pem(LineEnding::LF).unwrap();
+    fs::write(&public, pem).unwrap();
+    let out = dir.join("model.sig");
+    sign_dir(&dir, &private, &out).unwrap();
+    verify_dir(&dir, &out, &public).unwrap();
 }
 
 #[test]
