@@ -1,32 +1,14 @@
-//! `cargo xtask test`: checks the arrows between crates, then runs every test.
+//! `cargo xtask test`: sets up what the tests need, then runs every one.
 //!
-//! The room list below is DESIGN's, top to bottom; a crate may lean only on
-//! crates named for it. A new dependency edge is a change of architecture and
-//! is written here first.
+//! The work is in the modules; this file is the order of it. The last line
+//! printed is the sum over all test binaries, in libtest's own words.
+
+mod layers;
+mod peers;
+mod tests;
 
 use anyhow::{Context, Result, bail};
-use std::{path::Path, process::Command};
-
-/// Each crate with those it may depend on. `cli` may lean on all.
-const ARROWS: &[(&str, &[&str])] = &[
-    ("core", &[]),
-    ("api", &["core"]),
-    ("kernels", &["core"]),
-    ("formats", &["core"]),
-    ("store", &["core"]),
-    ("text", &["core"]),
-    ("model", &["core", "kernels", "formats"]),
-    ("engine", &["core", "model", "text", "api"]),
-    ("data", &["core", "text", "store"]),
-    (
-        "train",
-        &["core", "model", "kernels", "formats", "text", "store"],
-    ),
-    ("quant", &["core", "model", "kernels", "formats", "store"]),
-    ("eval", &["core", "api", "text", "store"]),
-    ("govern", &["core", "store", "formats"]),
-    ("gateway", &["core", "engine", "text", "api", "store"]),
-];
+use std::path::{Path, PathBuf};
 
 fn main() -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -34,60 +16,20 @@ fn main() -> Result<()> {
         .context("xtask has a parent folder")?;
     match std::env::args().nth(1).as_deref() {
         Some("test") => {
-            layers(root)?;
-            run(Command::new("cargo")
-                .args(["test", "--release", "--workspace"])
-                .current_dir(root))
+            layers::check(root)?;
+            let peers = peers::set_up(root)?;
+            tests::run(root, &peers)
         }
-        Some("layers") => layers(root),
-        _ => bail!("usage: cargo xtask <test|layers>"),
+        Some("peers") => peers::set_up(root).map(drop),
+        Some("layers") => layers::check(root),
+        _ => bail!("usage: cargo xtask <test|peers|layers>"),
     }
 }
 
-fn layers(root: &Path) -> Result<()> {
-    let mut wrong = Vec::new();
-    for entry in std::fs::read_dir(root.join("crates"))? {
-        let dir = entry?.path();
-        let name = dir
-            .file_name()
-            .and_then(|n| n.to_str())
-            .context("crate folder name")?
-            .to_owned();
-        if name == "cli" {
-            continue;
-        }
-        let manifest: toml::Table = std::fs::read_to_string(dir.join("Cargo.toml"))?.parse()?;
-        let Some((_, allowed)) = ARROWS.iter().find(|(n, _)| *n == name) else {
-            wrong.push(format!(
-                "crates/{name} is in no room: add it to ARROWS in xtask"
-            ));
-            continue;
-        };
-        for section in ["dependencies", "dev-dependencies", "build-dependencies"] {
-            let deps = manifest.get(section).and_then(toml::Value::as_table);
-            for dep in deps
-                .into_iter()
-                .flat_map(|t| t.keys())
-                .filter_map(|d| d.strip_prefix("ashlar-"))
-            {
-                if section == "dependencies" && !allowed.contains(&dep) {
-                    wrong.push(format!("{name} → {dep} is not an arrow of the design"));
-                }
-            }
-        }
-    }
-    if !wrong.is_empty() {
-        bail!("layer check failed:\n  {}", wrong.join("\n  "));
-    }
-    Ok(())
-}
-
-fn run(command: &mut Command) -> Result<()> {
-    let status = command
-        .status()
-        .with_context(|| format!("cannot start {command:?}"))?;
-    if !status.success() {
-        bail!("{command:?} ended with {status}");
-    }
-    Ok(())
+/// The folder for what tests fetch: `$ASHLAR_CACHE`, else `~/.cache/ashlar`.
+fn cache() -> Result<PathBuf> {
+    let var = |k| std::env::var_os(k).filter(|v| !v.is_empty()).map(PathBuf::from);
+    var("ASHLAR_CACHE")
+        .or_else(|| Some(var("HOME")?.join(".cache/ashlar")))
+        .context("neither ASHLAR_CACHE nor HOME is set: nowhere to keep the tests' model")
 }

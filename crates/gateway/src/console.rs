@@ -11,6 +11,7 @@ use crate::{
 };
 use ashlar_api::ApiError;
 use ashlar_store::{ResponseRow, StoreError, Trace};
+use base64::Engine as _;
 use axum::{
     Json, Router,
     extract::{Path, Query, State},
@@ -99,14 +100,15 @@ async fn read_json(path: &std::path::Path) -> Option<Value> {
     serde_json::from_slice(&tokio::fs::read(path).await.ok()?).ok()
 }
 
-/// `[{name, passed, detail}]` of a gate's report, wherever it sits in the
-/// statement.
+/// `[{name, passed, detail}]` of the gate's report, out of the statement or, when
+/// it is signed, of the statement in its envelope's payload. The page shows what
+/// was signed; whoever wants to rely on it runs `ashlar verify`.
 fn checks(statement: Option<&Value>) -> Value {
-    let list = statement.and_then(|s| {
-        ["/checks", "/gate/checks", "/predicate/checks", "/predicate/gate/checks", "/report/checks"]
-            .iter()
-            .find_map(|at| s.pointer(at)?.as_array())
-    });
+    let payload = statement
+        .and_then(|s| s.get("payload")?.as_str())
+        .and_then(|text| base64::engine::general_purpose::STANDARD.decode(text).ok())
+        .and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
+    let list = payload.as_ref().or(statement).and_then(|s| s.pointer("/predicate/checks")?.as_array());
     json!(list)
 }
 

@@ -2,7 +2,7 @@
 //! browser. Where one is absent the test says so and passes, unless
 //! `ASHLAR_REQUIRE_PEERS=1`.
 //!
-//! `ASHLAR_PYTHON` names a Python that has `openai` (default `python3`);
+//! `ASHLAR_PEERS_PYTHON` names a Python that has `openai` (default `python3`);
 //! `ASHLAR_SCREENSHOTS` a folder in which the screenshots stay.
 
 use crate::support::{MODEL, Server, XSS};
@@ -26,7 +26,7 @@ fn shown(output: &Output) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_official_client_is_content() {
-    let python = std::env::var("ASHLAR_PYTHON").unwrap_or_else(|_| "python3".into());
+    let python = std::env::var("ASHLAR_PEERS_PYTHON").unwrap_or_else(|_| "python3".into());
     let probe = Command::new(&python).args(["-c", "import openai, httpx"]).output().await;
     if !probe.is_ok_and(|o| o.status.success()) {
         return skip("a Python with openai");

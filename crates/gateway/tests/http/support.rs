@@ -7,6 +7,7 @@ use ashlar_api::{
 use ashlar_core::{ArtifactKind, Digest};
 use ashlar_gateway::{GatewayConfig, GatewayState, Prices, Served};
 use ashlar_store::{Exposure, Observation, Release, ResponseRow, Stage, Store};
+use base64::Engine as _;
 use serde_json::{Value, json};
 use std::{
     net::SocketAddr,
@@ -317,12 +318,15 @@ async fn lineage(store: &Store) -> String {
     let summary = json!({"losses": losses});
     let adapter = made(store, "train", &[("snapshot", snapshot)], ArtifactKind::Adapter, &[], summary).await;
     let model = made(store, "merge", &[("adapter", adapter)], ArtifactKind::Model, &[], json!({})).await;
-    let statement = json!({"checks": [
+    let statement = json!({"predicate": {"checks": [
         {"name": "signature", "passed": true, "detail": "ecdsa-p256, key 3f9a"},
         {"name": "evaluation", "passed": true, "detail": "held-out 92 % against 4 % of the base, p < 0.001"},
         {"name": "licence", "passed": true, "detail": "CC-BY-4.0, Apache-2.0"},
         {"name": "takedowns", "passed": true, "detail": "none open"},
-    ]});
+    ]}});
+    // Releases carry their statement in a signed envelope.
+    let payload = base64::engine::general_purpose::STANDARD.encode(statement.to_string());
+    let statement = json!({"payload": payload, "payloadType": "application/vnd.in-toto+json", "signatures": []});
     let statement = store
         .put_bytes(ArtifactKind::Report, "gate", statement.to_string().as_bytes())
         .await
