@@ -1,2 +1,145 @@
-//! The `ashlar` command.
-fn main() {}
+//! The `ashlar` command: arguments → settings → plan, and the terminal's face.
+//!
+//! Stages never import each other; this crate strings them together. It is the
+//! only one with `anyhow`: below it, errors are typed.
+
+mod chat;
+mod doctor;
+mod out;
+mod recipe;
+mod release;
+mod serve;
+mod sign;
+mod takedown;
+mod trace;
+mod up;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use std::{path::PathBuf, process::ExitCode};
+
+/// From raw documents to a governed endpoint, with the trail kept.
+#[derive(Parser)]
+#[command(name = "ashlar", version, about, max_term_width = 100)]
+struct Args {
+    /// Where objects, the ledger and keys are kept.
+    #[arg(long, global = true, env = "ASHLAR_HOME", default_value = ".ashlar", value_name = "DIR")]
+    home: PathBuf,
+    /// Print one JSON object on stdout; everything else goes to stderr.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Run a recipe from documents to a signed release, serve it and ask it.
+    Up {
+        /// The recipe's TOML file.
+        #[arg(default_value = "recipes/quickstart.toml")]
+        recipe: PathBuf,
+        /// Stop after the sample question instead of serving.
+        #[arg(long)]
+        no_serve: bool,
+        /// Where to serve.
+        #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDR")]
+        listen: String,
+    },
+    /// Show what something stands on and what stands on it.
+    Trace {
+        /// A response, document, artifact, run or release: its id, or at least six digits of its digest.
+        id: String,
+        /// Print Graphviz.
+        #[arg(long, conflicts_with = "json")]
+        dot: bool,
+    },
+    /// Withdraw a document and its near-duplicates, and close the gate for what was exposed to them.
+    Takedown {
+        /// The document: its digest, at least six digits of it, or its corpus id.
+        id: String,
+        /// Kept with the takedown.
+        #[arg(long, default_value = "unspecified", value_name = "TEXT")]
+        reason: String,
+        /// Only list what would be affected.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Serve the current release, or a GGUF file, over the OpenAI-compatible API.
+    Serve {
+        /// A channel's name or a GGUF file.
+        #[arg(long, default_value = "prod", value_name = "NAME|PATH")]
+        model: String,
+        /// Where to listen.
+        #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDR")]
+        listen: String,
+    },
+    /// Talk to the current release in the terminal.
+    Chat {
+        /// A channel's name or a GGUF file.
+        #[arg(long, default_value = "prod", value_name = "NAME|PATH")]
+        model: String,
+    },
+    /// Sign every file in a folder (OpenSSF Model Signing, key method).
+    Sign {
+        /// The folder.
+        dir: PathBuf,
+        /// An EC private key in PEM.
+        #[arg(long, value_name = "FILE")]
+        key: PathBuf,
+    },
+    /// Check a signed folder, or the whole ledger.
+    Verify {
+        /// The folder.
+        #[arg(required_unless_present = "ledger")]
+        dir: Option<PathBuf>,
+        /// The signer's public key in PEM.
+        #[arg(long, value_name = "FILE", required_unless_present = "ledger")]
+        public_key: Option<PathBuf>,
+        /// The signature, when it is not `model.sig` in the folder.
+        #[arg(long, value_name = "FILE")]
+        signature: Option<PathBuf>,
+        /// Check every object and the transparency log of the home instead.
+        #[arg(long, conflicts_with = "dir")]
+        ledger: bool,
+    },
+    /// Say what this machine has and what can run here.
+    Doctor,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let done = tokio::runtime::Runtime::new()
+        .map_err(anyhow::Error::from)
+        .and_then(|rt| rt.block_on(run(args)));
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            out::error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(args: Args) -> Result<()> {
+    let Args { home, json, verb } = args;
+    match verb {
+        Verb::Up { recipe, no_serve, listen } => {
+            up::run(&up::Options { recipe, home, json, no_serve, listen }).await
+        }
+        Verb::Trace { id, dot } => trace::run(&home, &id, dot, json).await,
+        Verb::Takedown { id, reason, dry_run } => {
+            takedown::run(&home, &id, &reason, dry_run, json).await
+        }
+        Verb::Serve { model, listen } => serve::run(&home, &model, &listen, json).await,
+        Verb::Chat { model } => chat::run(&home, &model).await,
+        Verb::Sign { dir, key } => sign::sign(&dir, &key, json),
+        Verb::Verify { ledger: true, .. } => sign::verify_ledger(&home, json).await,
+        Verb::Verify { dir: Some(dir), public_key: Some(key), signature, .. } => {
+            sign::verify(&dir, &key, signature.as_deref(), json)
+        }
+        // clap lets nothing else through (`required_unless_present`).
+        Verb::Verify { .. } => anyhow::bail!("verify needs DIR and --public-key, or --ledger"),
+        Verb::Doctor => doctor::run(&home, json),
+    }
+}

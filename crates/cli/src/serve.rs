@@ -1,0 +1,150 @@
+//! Serving a release or a file through the gateway, and asking it.
+
+use crate::{out, trace::Overlaps};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use ashlar_api::Backend;
+use ashlar_engine::{EngineConfig, LocalBackend};
+use ashlar_gateway::{GatewayState, Served};
+use ashlar_store::Store;
+use serde_json::{Value, json};
+use std::{net::SocketAddr, path::Path, sync::Arc};
+use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
+
+/// A running server.
+pub(crate) struct Server {
+    address: SocketAddr,
+    model: String,
+    stop: oneshot::Sender<()>,
+    task: JoinHandle<std::io::Result<()>>,
+}
+
+/// One answer and where it is recorded.
+pub(crate) struct Answer {
+    pub answer: String,
+    pub response_id: String,
+}
+
+/// Binds `address`, which must be loopback: there are no keys yet to guard any
+/// other.
+pub(crate) async fn bind(address: &str) -> Result<TcpListener> {
+    let listener = TcpListener::bind(address).await.with_context(|| {
+        format!("cannot listen on {address}; is another server there? choose another with --listen")
+    })?;
+    let local = listener.local_addr()?;
+    ensure!(
+        local.ip().is_loopback(),
+        "{local} is not a loopback address, and requests are not yet checked for keys; listen on 127.0.0.1"
+    );
+    Ok(listener)
+}
+
+/// Serves what `model` names: a channel's current release, or a GGUF file.
+pub(crate) async fn start(store: &Store, model: &str, listener: TcpListener) -> Result<Server> {
+    let orphans = store.settle_orphans().await?;
+    if orphans > 0 {
+        out::note(format!("  {orphans} responses of a killed server settled"));
+    }
+    let address = listener.local_addr()?;
+    let (path, name, served) = match store.current(model).await? {
+        Some(release) => {
+            if release.revoked {
+                out::note(format!(
+                    "warning: release {} was exposed to documents taken down since; `ashlar up` rebuilds without them",
+                    release.id
+                ));
+            }
+            let path = store
+                .path(&release.model)
+                .with_context(|| format!("model {} of release {} is gone from the store", release.model, release.id))?;
+            let artifact = store.artifact(&release.model).await?;
+            let name = artifact.map_or(model.to_string(), |a| a.name.trim_end_matches(".gguf").to_string());
+            (path, name, Some(release))
+        }
+        None if Path::new(model).is_file() => {
+            let stem = Path::new(model).file_stem().map_or(model.into(), |s| s.to_string_lossy().into_owned());
+            (model.into(), stem, None)
+        }
+        None => bail!("{model:?} is neither a channel with a release in {} nor a file; `ashlar up` makes one", store.home().display()),
+    };
+    let backend = tokio::task::spawn_blocking({
+        let name = name.clone();
+        move || LocalBackend::open(&name, &path, EngineConfig::default())
+    })
+    .await??;
+    let name = backend.models().first().map_or(name, |m| m.id.clone());
+    let mut state = GatewayState::new(vec![Arc::new(backend)], store.clone());
+    if let Some(release) = &served {
+        state.releases.push(Served { id: release.id.clone(), channel: release.channel.clone(), model: name.clone() });
+        if let Some(snapshot) = &release.snapshot {
+            let overlaps = Overlaps::load(store, snapshot).await?;
+            state.rank = Some(Arc::new(move |row| {
+                let answer = row.settlement.as_ref().and_then(|s| s.answer.as_deref());
+                answer.map(|a| overlaps.rank(a)).unwrap_or_default()
+            }));
+        }
+    }
+    let (stop, stopped) = oneshot::channel::<()>();
+    let task = tokio::spawn(ashlar_gateway::serve(listener, state, async move {
+        // A dropped sender means the server's owner is gone: stop as well.
+        let _ = stopped.await;
+    }));
+    Ok(Server { address, model: name, stop, task })
+}
+
+impl Server {
+    /// Where it listens.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Asks `question` at temperature 0 over HTTP, as any client would.
+    pub(crate) async fn ask(&self, question: &str) -> Result<Answer> {
+        self.chat(&[json!({"role": "user", "content": question})], Some(0.0)).await
+    }
+
+    /// Sends a conversation; the answer is at most 256 tokens.
+    pub(crate) async fn chat(&self, messages: &[Value], temperature: Option<f64>) -> Result<Answer> {
+        let url = format!("http://{}/v1/chat/completions", self.address);
+        let mut body = json!({"model": self.model, "messages": messages, "max_tokens": 256});
+        if let Some(t) = temperature {
+            body["temperature"] = t.into();
+        }
+        let reply: Value = tokio::task::spawn_blocking(move || -> Result<Value> {
+            let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
+            Ok(serde_json::from_str(&agent.post(&url).send_json(&body)?.body_mut().read_to_string()?)?)
+        })
+        .await??;
+        let answer = reply["choices"][0]["message"]["content"].as_str();
+        let answer = answer.ok_or_else(|| anyhow!("the server answered {reply}"))?.to_string();
+        let response_id = reply["id"].as_str().unwrap_or_default().to_string();
+        Ok(Answer { answer, response_id })
+    }
+
+    /// Lets answers in flight finish and stops.
+    pub(crate) async fn stop(self) -> Result<()> {
+        let _ = self.stop.send(());
+        Ok(self.task.await??)
+    }
+
+    /// Serves until Ctrl-C or a termination signal.
+    pub(crate) async fn until_interrupted(self) -> Result<()> {
+        let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+        tokio::select! {
+            r = tokio::signal::ctrl_c() => r?,
+            _ = term.recv() => {}
+        }
+        out::note("\nstopping: answers in flight may finish");
+        self.stop().await
+    }
+}
+
+/// `ashlar serve`.
+pub(crate) async fn run(home: &Path, model: &str, listen: &str, as_json: bool) -> Result<()> {
+    let store = Store::open(home).await?;
+    let server = start(&store, model, bind(listen).await?).await?;
+    if as_json {
+        out::json(&json!({"address": server.address().to_string(), "model": server.model}))?;
+    }
+    out::note(format!("serving {} on http://{}  (console at /, API at /v1; Ctrl-C stops)", server.model, server.address()));
+    server.until_interrupted().await
+}
