@@ -145,10 +145,10 @@ pub async fn curate(
     let keys: Vec<String> = measured.iter().map(|m| m.key.clone()).collect();
     let pairs = dedup::pairs(&session, &keys, &config.minhash).await?;
 
-    let copies = Copies::new(raw, &measured, &pairs);
+    let copies = Copies::new(raw, &pairs);
     let closure = copies.closure(raw, taken_down);
     let mut drops = filter(&session, config, &closure, raw, &measured).await?;
-    deduplicate(raw, &measured, &pairs, &mut drops);
+    deduplicate(raw, &pairs, &mut drops);
 
     let mut report = CurateReport {
         raw: raw.len() as u64,
@@ -313,16 +313,15 @@ struct Copies {
     representative: BTreeMap<usize, usize>,
 }
 
-/// What decides which copy stays, the least first: the longest, then the
+/// What decides which copy stays, the least first: the longest in bytes, then the
 /// smallest id, then the smallest digest. It depends on no order of reading.
 fn precedence<'a>(
     row: usize,
     raw: &'a [Raw],
-    measured: &[Measured],
-) -> (Reverse<u64>, &'a str, &'a Digest, &'a str, u64) {
+) -> (Reverse<usize>, &'a str, &'a Digest, &'a str, u64) {
     let document = &raw[row];
     (
-        Reverse(measured[row].words),
+        Reverse(document.text.len()),
         &document.id,
         &document.doc,
         &document.source,
@@ -331,13 +330,13 @@ fn precedence<'a>(
 }
 
 impl Copies {
-    fn new(raw: &[Raw], measured: &[Measured], pairs: &Pairs) -> Self {
+    fn new(raw: &[Raw], pairs: &Pairs) -> Self {
         let cluster = dedup::clusters(pairs.class.iter().copied(), &pairs.edges);
         let of: Vec<usize> = pairs.class.iter().map(|c| cluster[c]).collect();
         let mut representative = BTreeMap::new();
         for (row, cluster) in of.iter().enumerate() {
             let best = representative.entry(*cluster).or_insert(row);
-            if precedence(row, raw, measured) < precedence(*best, raw, measured) {
+            if precedence(row, raw) < precedence(*best, raw) {
                 *best = row;
             }
         }
@@ -519,7 +518,7 @@ fn explain(
 }
 
 /// Drops, among what passed so far, all but one of each cluster of copies.
-fn deduplicate(raw: &[Raw], measured: &[Measured], pairs: &Pairs, drops: &mut [Option<Drop>]) {
+fn deduplicate(raw: &[Raw], pairs: &Pairs, drops: &mut [Option<Drop>]) {
     let mut of_class: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
     for row in 0..raw.len() {
         if drops[row].is_none() {
@@ -528,7 +527,7 @@ fn deduplicate(raw: &[Raw], measured: &[Measured], pairs: &Pairs, drops: &mut [O
     }
     let mut head: BTreeMap<usize, usize> = BTreeMap::new();
     for (class, rows) in &mut of_class {
-        rows.sort_by_key(|r| precedence(*r, raw, measured));
+        rows.sort_by_key(|r| precedence(*r, raw));
         head.insert(*class, rows[0]);
         for row in &rows[1..] {
             drops[*row] = Some(Drop {
@@ -542,7 +541,7 @@ fn deduplicate(raw: &[Raw], measured: &[Measured], pairs: &Pairs, drops: &mut [O
     let mut stays: BTreeMap<usize, usize> = BTreeMap::new();
     for (class, root) in &cluster {
         let best = stays.entry(*root).or_insert(head[class]);
-        if precedence(head[class], raw, measured) < precedence(*best, raw, measured) {
+        if precedence(head[class], raw) < precedence(*best, raw) {
             *best = head[class];
         }
     }
