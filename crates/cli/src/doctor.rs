@@ -67,7 +67,7 @@ pub(crate) fn run(home: &Path, as_json: bool) -> Result<()> {
         "arch": std::env::consts::ARCH,
         "cores": cores(),
         "cpu_features": features,
-        "isa_tier": if features.contains(&"avx2") && features.contains(&"fma") { "avx2" } else { "reference" },
+        "isa_tier": ashlar_kernels::Isa::active().name(),
         "memory_available_bytes": memory,
         "home": home,
         "home_free_bytes": free_bytes(home),

@@ -20,7 +20,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 /// From raw documents to a governed endpoint, with the trail kept.
 #[derive(Parser)]
-#[command(name = "ashlar", version, about, max_term_width = 100)]
+#[command(name = "ashlar", version, max_term_width = 100)]
 struct Args {
     /// Where objects, the ledger and keys are kept.
     #[arg(long, global = true, env = "ASHLAR_HOME", default_value = ".ashlar", value_name = "DIR")]

@@ -144,7 +144,6 @@ pub(crate) struct TrainOut {
 pub(crate) struct Merged {
     pub exact: Digest,
     pub quantized: Digest,
-    pub summary: Value,
 }
 
 pub(crate) struct Evals {
@@ -416,7 +415,6 @@ impl Up {
         Ok(Merged {
             exact: output(&outcome, "exact")?,
             quantized: output(&outcome, "quantized")?,
-            summary: outcome.summary,
         })
     }
 

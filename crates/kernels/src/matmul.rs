@@ -133,7 +133,20 @@ fn product(
 ) {
     let (kind, data) = (w.kind(), w.group(g));
     if !kind.quantized() {
-        plain_product(isa, kind, data, &rows.x[r * rows.k..][..count * rows.k], tile);
+        let x = &rows.x[r * rows.k..][..count * rows.k];
+        match isa {
+            Isa::Reference => plain_reference(kind, data, x, tile),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Isa::available` found the features.
+            _ => unsafe {
+                match count {
+                    1 => x86::plain::<1>(kind, data, x, tile),
+                    2 => x86::plain::<2>(kind, data, x, tile),
+                    3 => x86::plain::<3>(kind, data, x, tile),
+                    _ => x86::plain::<4>(kind, data, x, tile),
+                }
+            },
+        }
         return;
     }
     match isa {
@@ -185,32 +198,14 @@ fn reference(
     }
 }
 
-tiered! {
-    fn plain_product(kind: Kind, data: &[u8], x: &[f32], tile: &mut [[f32; GROUP]; 4]) = plain_body;
-}
-
-#[inline(always)]
-fn plain_body(kind: Kind, data: &[u8], x: &[f32], tile: &mut [[f32; GROUP]; 4]) {
+/// Plain weights: one chain of fused multiply-adds a sum, in ascending k.
+fn plain_reference(kind: Kind, data: &[u8], x: &[f32], tile: &mut [[f32; GROUP]; 4]) {
     let k = data.len() / kind.stride();
-    match kind {
-        // One loop a kind, so that each vectorizes.
-        Kind::F32 => plain_loop(Kind::F32, data, x, k, tile),
-        Kind::F16 => plain_loop(Kind::F16, data, x, k, tile),
-        _ => plain_loop(Kind::BF16, data, x, k, tile),
-    }
-}
-
-#[inline(always)]
-fn plain_loop(kind: Kind, data: &[u8], x: &[f32], k: usize, tile: &mut [[f32; GROUP]; 4]) {
     let mut sums = [[0f32; GROUP]; 4];
     for (p, step) in data.chunks_exact(kind.stride()).enumerate() {
-        let mut w = [0f32; GROUP];
-        for (col, w) in w.iter_mut().enumerate() {
-            *w = packed::plain(kind, step, col);
-        }
         for (sum, x) in sums.iter_mut().zip(x.chunks_exact(k)) {
-            for (s, w) in sum.iter_mut().zip(w) {
-                *s = x[p].mul_add(w, *s);
+            for (col, s) in sum.iter_mut().enumerate() {
+                *s = x[p].mul_add(packed::plain(kind, step, col), *s);
             }
         }
     }
@@ -307,6 +302,54 @@ mod x86 {
                 (_, true) => byte_vnni::<M, true>(data, rows, r, tile),
             }
         }
+    }
+
+    /// Plain weights; see [`super::plain_reference`]. `x` holds `M` rows.
+    ///
+    /// # Safety
+    /// Needs AVX2, FMA and F16C.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) unsafe fn plain<const M: usize>(
+        kind: Kind,
+        data: &[u8],
+        x: &[f32],
+        tile: &mut [[f32; GROUP]; 4],
+    ) {
+        let k = data.len() / kind.stride();
+        assert!(x.len() == M * k && data.len() == k * kind.stride());
+        // SAFETY: `p` stays below k, for which lengths were just checked.
+        unsafe {
+            let half = |p: usize| _mm_loadu_si128(data.as_ptr().add(p * 16).cast());
+            let sums = match kind {
+                Kind::F16 => chain::<M>(k, x, |p| _mm256_cvtph_ps(half(p))),
+                Kind::BF16 => chain::<M>(k, x, |p| {
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half(p))))
+                }),
+                _ => chain::<M>(k, x, |p| _mm256_loadu_ps(data.as_ptr().add(p * 32).cast())),
+            };
+            for (sum, out) in sums.into_iter().zip(tile.iter_mut()) {
+                _mm256_storeu_ps(out.as_mut_ptr(), sum);
+            }
+        }
+    }
+
+    /// `M` chains over k of the eight columns that `weights` gives.
+    ///
+    /// # Safety
+    /// `x` holds `M` rows of `k`.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn chain<const M: usize>(k: usize, x: &[f32], weights: impl Fn(usize) -> __m256) -> [__m256; M] {
+        let mut sums = [_mm256_setzero_ps(); M];
+        for p in 0..k {
+            let w = weights(p);
+            for (i, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: the caller's promise.
+                let x = unsafe { _mm256_broadcast_ss(x.get_unchecked(i * k + p)) };
+                *sum = _mm256_fmadd_ps(x, w, *sum);
+            }
+        }
+        sums
     }
 
     /// Adds a block's integer sums to the two chains of each row.

@@ -1,0 +1,58 @@
+//! The command line's face: help texts as committed in `snapshots/`, and what
+//! wrong input is told. `ASHLAR_BLESS=1` writes the snapshots anew.
+
+mod common;
+
+use common::{ashlar, json, said};
+use std::path::Path;
+
+const VERBS: [&str; 9] = ["", "up", "trace", "takedown", "serve", "chat", "sign", "verify", "doctor"];
+
+#[test]
+fn help_is_as_committed() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/snapshots");
+    let home = tempfile::tempdir().expect("temp dir");
+    let mut all = String::new();
+    for verb in VERBS {
+        let args: Vec<&str> = [verb, "--help"].into_iter().filter(|a| !a.is_empty()).collect();
+        let out = ashlar(home.path(), &args).env_remove("ASHLAR_HOME").output().expect("runs");
+        assert!(out.status.success(), "{}", said(&out));
+        all += &format!("$ ashlar {}\n{}\n", args.join(" "), String::from_utf8_lossy(&out.stdout));
+    }
+    let path = dir.join("help.txt");
+    if std::env::var_os("ASHLAR_BLESS").is_some() {
+        std::fs::write(&path, &all).expect("write");
+    }
+    let wanted = std::fs::read_to_string(&path).expect("snapshot");
+    assert_eq!(all, wanted, "the help changed; if it should, run this test with ASHLAR_BLESS=1");
+}
+
+#[test]
+fn wrong_input_is_told_what_is_wrong_and_what_to_do() {
+    let home = tempfile::tempdir().expect("temp dir");
+    for (args, wanted) in [
+        (&["up", "no-such.toml"][..], "no-such.toml"),
+        (&["trace", "no-such-thing"], "no-such-thing"),
+        (&["takedown", "no-such-document"], "no-such-document"),
+        (&["serve", "--model", "no-such-model", "--listen", "127.0.0.1:0"], "no-such-model"),
+        (&["serve", "--listen", "0.0.0.0:0"], "loopback"),
+        (&["verify"], "--public-key"),
+        (&["sign", "no-such-folder", "--key", "no-such-key"], "no-such"),
+        (&["up", "--no-such-option"], "--no-such-option"),
+    ] {
+        let out = ashlar(home.path(), args).output().expect("runs");
+        assert!(!out.status.success(), "{args:?} must fail");
+        let text = String::from_utf8_lossy(&out.stderr);
+        assert!(text.contains(wanted) && !text.contains("panicked"), "{args:?}: {text}");
+        assert!(out.stdout.is_empty(), "{args:?} wrote to stdout: {}", said(&out));
+    }
+}
+
+#[test]
+fn doctor_says_what_runs_here() {
+    let home = tempfile::tempdir().expect("temp dir");
+    let report = json(&mut ashlar(home.path(), &["doctor", "--json"]));
+    assert_eq!(report["can_run"]["serve"], true);
+    assert!(report["cores"].as_u64().expect("count") > 0);
+    assert!(report["home_free_bytes"].as_u64().expect("bytes") > 0);
+}
