@@ -9,13 +9,17 @@ use common::{ashlar, json, peer, root, script, served};
 use serde_json::{Value, json as value};
 use std::{path::PathBuf, process::Command, sync::OnceLock};
 
-/// The home of one whole run of the quickstart, shared by the tests here.
+/// The home of one whole run of the quickstart, shared by the tests here. It is
+/// new unless `ASHLAR_TEST_HOME` names one to go on with.
 fn quickstart() -> Option<&'static (PathBuf, Value)> {
     static RUN: OnceLock<Option<(PathBuf, Value)>> = OnceLock::new();
     RUN.get_or_init(|| {
         peer("ASHLAR_TEST_MODEL", "the test model")?;
-        let home = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("quickstart-home");
-        let _ = std::fs::remove_dir_all(&home);
+        let home = std::env::var_os("ASHLAR_TEST_HOME").map(PathBuf::from).unwrap_or_else(|| {
+            let home = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("quickstart-home");
+            let _ = std::fs::remove_dir_all(&home);
+            home
+        });
         let result = json(&mut ashlar(&home, &["up", "--no-serve", "--json"]));
         Some((home, result))
     })
@@ -69,7 +73,7 @@ fn llama_cpp_says_the_same() {
         let dir = tempfile::tempdir().expect("temp dir");
         let rows = dir.path().join("logits.f32");
         let job = value!({"model": model, "prompts": prompts, "tokens": 32, "logits": rows});
-        let theirs = script(&python, "llama_cpp.py", &[], &job.to_string());
+        let theirs = script(&python, "llama.py", &[], &job.to_string());
 
         let bytes = std::fs::read(&model).expect("model");
         let (tokenizer, _) = ashlar_engine::vocab(&ashlar_formats::Gguf::parse(&bytes).expect("GGUF")).expect("vocabulary");

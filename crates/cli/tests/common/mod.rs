@@ -1,5 +1,7 @@
 //! What the command's tests share: running the binary, a small recipe, peers.
 
+#![allow(dead_code)] // Each test binary uses its own part of this.
+
 use serde_json::Value;
 use std::{
     io::{BufRead, BufReader, Write},

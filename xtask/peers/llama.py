@@ -3,6 +3,7 @@
 stdin: {"model": path, "prompts": [text], "tokens": n, "logits": path}
 stdout: one JSON line {"version", "prompts": [{"tokens": [...], "greedy": [...]}]};
 the logits of every prompt position go to the file as little-endian f32 rows.
+Not called llama_cpp.py: Python would import this file instead of the package.
 """
 
 import json
