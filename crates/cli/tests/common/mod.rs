@@ -1,6 +1,6 @@
 //! What the command's tests share: running the binary, a small recipe, peers.
 
-#![allow(dead_code)] // Each test binary uses its own part of this.
+#![allow(dead_code, unreachable_pub)] // Each test binary uses its own part of this.
 
 use serde_json::Value;
 use std::{
@@ -83,7 +83,9 @@ pub fn small_recipe(dir: &Path) -> PathBuf {
     set("data", "documents", "documents".into());
     set("data", "questions", "qa.jsonl".into());
     set("eval", "general", "general.jsonl".into());
-    set("train", "epochs", 3.into());
+    // Enough steps that checkpoints fall inside training.
+    set("train", "epochs", 4.into());
+    set("train", "batch_tokens", 64.into());
     set("release", "min_accuracy", 0.0.into());
     set("release", "max_p_value", 1.0.into());
     set("release", "max_forgetting", 1.0.into());
