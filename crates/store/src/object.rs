@@ -183,17 +183,7 @@ impl Objects {
 
     /// Removes what killed writers left. Only when no one else has the home open.
     pub(crate) fn sweep(&self) -> Result<(), StoreError> {
-        walk(&self.0, &mut |file| {
-            let leftover = file
-                .file_name()
-                .and_then(|n| n.to_str())
-                .is_some_and(|n| n.starts_with(TEMP_PREFIX));
-            if leftover {
-                fs::remove_file(file).map_err(StoreError::io(file))
-            } else {
-                Ok(())
-            }
-        })
+        sweep(&self.0)
     }
 
     fn write(
@@ -213,6 +203,22 @@ impl Objects {
             .map_err(|e| StoreError::io(&path)(e.error))?;
         sync_dir(dir)
     }
+}
+
+/// Removes the temporary files that killed writers left below `dir`, which no
+/// one may be writing to.
+pub(crate) fn sweep(dir: &Path) -> Result<(), StoreError> {
+    walk(dir, &mut |file| {
+        let leftover = file
+            .file_name()
+            .and_then(|n| n.to_str())
+            .is_some_and(|n| n.starts_with(TEMP_PREFIX));
+        if leftover {
+            fs::remove_file(file).map_err(StoreError::io(file))
+        } else {
+            Ok(())
+        }
+    })
 }
 
 /// A temporary file in `dir`, removed on drop.

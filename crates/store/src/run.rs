@@ -10,7 +10,7 @@ use crate::{
     StoreError,
     ledger::{Artifact, Store, artifact_of, insert_artifact, new_artifact, parse_digest},
     lock::{self, Lock},
-    log,
+    log, object,
 };
 use ashlar_core::{ArtifactKind, Digest, clock, id, json};
 use serde::Serialize;
@@ -140,6 +140,8 @@ impl Store {
 
         let dir = self.home().join("runs").join(&key);
         fs::create_dir_all(&dir).map_err(StoreError::io(&dir))?;
+        // A folder laid out again must hold its files and nothing else.
+        object::sweep(&dir)?;
         let record = Record {
             id: id::new("run"),
             key,

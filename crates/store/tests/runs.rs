@@ -114,6 +114,28 @@ async fn killed_run_resumes_and_ends_the_same() {
     assert!(report.ok, "{:?}", report.faults);
 }
 
+/// Found by `killed_in_every_stage_the_model_is_the_same`: the half-copied file
+/// counted as an unsigned one in the folder that the gate verified.
+#[tokio::test]
+async fn a_resumed_run_finds_no_half_copied_files() {
+    let home = tempfile::tempdir().unwrap();
+    let store = Store::open(home.path()).await.unwrap();
+    let begin = async || match store.stage("s", &json!({}), &[], "1").await.unwrap() {
+        Stage::Run(run) => run,
+        Stage::Reused(_) => panic!("was never finished"),
+    };
+    let folder = begin().await.dir().join("folder");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::write(folder.join("whole"), "kept").unwrap();
+    std::fs::write(folder.join(".tmp-half"), "ha").unwrap();
+    drop(begin().await);
+    let left: Vec<_> = std::fs::read_dir(&folder)
+        .unwrap()
+        .map(|e| e.unwrap().file_name())
+        .collect();
+    assert_eq!(left, ["whole"]);
+}
+
 #[tokio::test]
 #[ignore = "the child of any_moment_of_death_leaves_a_sound_home"]
 async fn child_busy() {

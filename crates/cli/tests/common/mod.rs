@@ -108,9 +108,16 @@ impl Running {
         Self { child, lines }
     }
 
-    /// The next line of stderr that holds `what`.
-    pub fn until(&mut self, what: &str) -> Option<String> {
-        self.lines.by_ref().map_while(Result::ok).find(|l| l.contains(what))
+    /// The next line of stderr that holds `what`; what was said if none does.
+    pub fn until(&mut self, what: &str) -> String {
+        let mut said = Vec::new();
+        for line in self.lines.by_ref().map_while(Result::ok) {
+            if line.contains(what) {
+                return line;
+            }
+            said.push(line);
+        }
+        panic!("{what:?} was not said, but:\n{}", said.join("\n"))
     }
 }
 
