@@ -16,7 +16,7 @@ mod pool;
 mod quants;
 pub mod sgemm;
 
-pub use attention::{KvLayout, attention, store_kv};
+pub use attention::{AttentionSpec, KvLayer, KvLayout, KvType, attention};
 pub use error::KernelError;
 pub use isa::Isa;
 pub use matmul::{matmul, matmul_many};

@@ -194,10 +194,10 @@ impl Kind {
 struct Line(#[allow(dead_code)] [u8; 64]);
 
 /// Bytes that begin at a cache line.
-struct Bytes(Vec<Line>, usize);
+pub(crate) struct Bytes(Vec<Line>, usize);
 
 impl Bytes {
-    fn zeroed(len: usize) -> Self {
+    pub(crate) fn zeroed(len: usize) -> Self {
         Self(vec![Line([0; 64]); len.div_ceil(64)], len)
     }
 }

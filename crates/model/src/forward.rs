@@ -6,7 +6,7 @@
 
 use crate::{BLOCK, KvCache, Model, ModelError, cache, load::Layer};
 use ashlar_kernels::{
-    add, attention, matmul, matmul_many, rms_norm, rope_interleaved, silu_mul, store_kv,
+    AttentionSpec, add, attention, matmul, matmul_many, rms_norm, rope_interleaved, silu_mul,
 };
 
 /// Rows a task takes in element-wise steps.
@@ -124,10 +124,8 @@ impl Model {
 
     fn check(&self, items: &[Item], cache: &KvCache, ws: &mut Workspace) -> Result<(), ModelError> {
         let c = &self.config;
-        let (want, got) = (cache::layout(c), &cache.layout);
-        if cache.layers.len() != c.layers
-            || (want.kv_heads, want.head_dim) != (got.kv_heads, got.head_dim)
-        {
+        let want = cache::layout(c, cache.layout.dtype);
+        if cache.layers.len() != c.layers || want != cache.layout {
             return Err(ModelError::Cache);
         }
         ws.written.clear();
@@ -179,17 +177,16 @@ impl Model {
                 }
             });
         }
-        let (keys, values) = &mut cache.layers[index];
-        for (i, &(item, at)) in rows.iter().enumerate() {
-            let (block, slot) = (items[item].blocks[at / BLOCK], at % BLOCK);
-            let (k, v) = (&k[i * kv..][..kv], &v[i * kv..][..kv]);
-            store_kv(&cache.layout, keys, values, block, slot, k, v);
-        }
+        let layer = &mut cache.layers[index];
+        layer.store(pool, k, v, |i| {
+            let (item, at) = rows[i];
+            (items[item].blocks[at / BLOCK], at % BLOCK)
+        });
         let seen = |i: usize| {
             let (item, at) = rows[i];
             (items[item].blocks, at + 1)
         };
-        attention(pool, &cache::layout(c), q, keys, values, seen, mixed);
+        attention(pool, &AttentionSpec::causal(c.head_dim), q, layer, seen, mixed);
         matmul(pool, mixed, m, &w.o, back);
         add(x, back);
 
