@@ -23,6 +23,7 @@
 use crate::{KernelError, quants};
 use ashlar_core::DType;
 use half::{bf16, f16};
+use std::{alloc::Layout, ptr::NonNull};
 
 /// Columns of a group.
 pub(crate) const GROUP: usize = 16;
@@ -188,17 +189,37 @@ impl Kind {
     }
 }
 
-/// A cache line; packed data begins at one.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Line(#[allow(dead_code)] [u8; 64]);
+/// Bytes that begin at a cache line. Zeroed memory comes from the system page by
+/// page as it is first touched.
+pub(crate) struct Bytes {
+    at: NonNull<u8>,
+    len: usize,
+}
 
-/// Bytes that begin at a cache line.
-pub(crate) struct Bytes(Vec<Line>, usize);
+// SAFETY: it owns its memory, as a boxed slice does.
+unsafe impl Send for Bytes {}
+// SAFETY: shared access only reads.
+unsafe impl Sync for Bytes {}
 
 impl Bytes {
     pub(crate) fn zeroed(len: usize) -> Self {
-        Self(vec![Line([0; 64]); len.div_ceil(64)], len)
+        let layout = Self::layout(len);
+        // SAFETY: the layout is not empty.
+        let at = unsafe { std::alloc::alloc_zeroed(layout) };
+        let at = NonNull::new(at).unwrap_or_else(|| std::alloc::handle_alloc_error(layout));
+        Self { at, len }
+    }
+
+    fn layout(len: usize) -> Layout {
+        // A length that no machine has: as for a vector, there is no going on.
+        Layout::from_size_align(len.max(64), 64).unwrap_or_else(|_| panic!("{len} bytes"))
+    }
+}
+
+impl Drop for Bytes {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout.
+        unsafe { std::alloc::dealloc(self.at.as_ptr(), Self::layout(self.len)) };
     }
 }
 
@@ -206,15 +227,15 @@ impl std::ops::Deref for Bytes {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: lines are plain bytes, and there are at least that many.
-        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.1) }
+        // SAFETY: `len` bytes are ours and initialized.
+        unsafe { std::slice::from_raw_parts(self.at.as_ptr(), self.len) }
     }
 }
 
 impl std::ops::DerefMut for Bytes {
     fn deref_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above.
-        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), self.1) }
+        // SAFETY: as above, and borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.at.as_ptr(), self.len) }
     }
 }
 
