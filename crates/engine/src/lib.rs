@@ -17,6 +17,8 @@ mod error;
 #[cfg(test)]
 mod fake;
 mod forward;
+mod memory;
+mod plan;
 mod sampler;
 mod scheduler;
 mod stop;
@@ -24,4 +26,6 @@ mod vocab;
 
 pub use backend::{EngineConfig, LocalBackend};
 pub use error::EngineError;
+pub use memory::MemorySource;
+pub use plan::MemoryPlan;
 pub use vocab::vocab;

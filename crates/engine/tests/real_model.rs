@@ -104,7 +104,7 @@ fn company_changes_nothing() {
         })
         .collect();
     let Some(b) = open(EngineConfig {
-        kv_blocks: 64,
+        kv_blocks: Some(64),
         max_batch: 1,
         ..EngineConfig::default()
     }) else {
@@ -117,7 +117,7 @@ fn company_changes_nothing() {
         .collect();
     drop(b);
     let tight = EngineConfig {
-        kv_blocks: 10,
+        kv_blocks: Some(10),
         max_batch: 6,
         max_prefill: 17,
         ..EngineConfig::default()

@@ -1,0 +1,28 @@
+//! How much memory a step takes, reckoned before the first one.
+//!
+//! What may not happen here: an estimate that is too low. `tests/footprint.rs`
+//! holds it against what the allocator hands out, so a buffer added to the
+//! forward pass or to a kernel must be added here.
+
+use crate::Config;
+
+/// Bytes of the buffers of one step of at most `rows` tokens that wants the
+/// logits of at most `wanted` of them: those of [`crate::Workspace`] and the
+/// matmul's quantized activations. Buffers that grew from step to step may
+/// take twice that, for vectors grow by doubling.
+pub fn workspace_bytes(config: &Config, rows: usize, wanted: usize) -> usize {
+    let c = config;
+    let (wide, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+    let most = rows.max(wanted);
+    let floats = most * c.hidden // norms
+        + rows * 2 * c.hidden // the stream and what is added to it
+        + rows * (wide + 2 * kv + 2 * c.ffn) // queries, keys, values, gate, up
+        + (rows * wide).max(wanted * c.hidden) // attention's output, then the wanted rows
+        + wanted * c.vocab;
+    let widest = wide.max(c.ffn).max(c.hidden);
+    // A code a value; a scale, a scaled sum and a sum for each 32 of them.
+    let codes = most * widest;
+    let scales = codes.div_ceil(32) * 12;
+    let lists = rows * 16 + wanted * 8 + rows * 4;
+    4 * floats + codes + scales + lists
+}
