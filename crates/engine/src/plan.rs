@@ -10,7 +10,7 @@ use crate::{
     memory::{Available, MemorySource},
     scheduler::SCORE_ROWS,
 };
-use ashlar_model::{BLOCK, Config, KvCache, workspace_bytes};
+use ashlar_model::{BLOCK, Config, KvCache, tables_bytes, workspace_bytes};
 use serde::Serialize;
 use std::fmt;
 
@@ -33,7 +33,7 @@ pub struct MemoryPlan {
     pub available_bytes: Option<u64>,
     /// Who says so.
     pub source: MemorySource,
-    /// Packed weights.
+    /// Packed weights and the tables beside them.
     pub weights_bytes: u64,
     /// One KV block of [`BLOCK`] tokens, over all layers.
     pub kv_block_bytes: u64,
@@ -74,7 +74,7 @@ pub(crate) struct Need {
 impl Need {
     pub(crate) fn of(
         model: &Config,
-        weights: usize,
+        matrices: usize,
         threads: usize,
         config: &EngineConfig,
     ) -> Self {
@@ -83,7 +83,7 @@ impl Need {
         // Twice, for buffers grow by doubling; and the sampler's two.
         let workspace = 2 * workspace_bytes(model, rows, wanted) + 2 * 12 * model.vocab;
         Self {
-            weights: weights as u64,
+            weights: (matrices + tables_bytes(model)) as u64,
             kv_block: KvCache::block_bytes(model) as u64,
             workspace: workspace as u64,
             context: model.context,

@@ -23,6 +23,15 @@ pub fn workspace_bytes(config: &Config, rows: usize, wanted: usize) -> usize {
     // A code a value; a scale, a scaled sum and a sum for each 32 of them.
     let codes = most * widest;
     let scales = codes.div_ceil(32) * 12;
-    let lists = rows * 16 + wanted * 8 + rows * 4;
-    4 * floats + codes + scales + lists
+    // Grown item by item, hence up to twice as long as they need be.
+    let lists = 2 * (rows * 16 + wanted * 8 + rows * 4);
+    // The smallest vectors are longer than they need be.
+    4 * floats + codes + scales + lists + 1024
+}
+
+/// Bytes a loaded model takes beside its matrices ([`crate::Model::bytes`]):
+/// gains of the norms, the rotary angles.
+pub fn tables_bytes(config: &Config) -> usize {
+    let c = config;
+    4 * ((2 * c.layers + 1) * c.hidden + c.context * c.head_dim)
 }

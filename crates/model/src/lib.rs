@@ -17,7 +17,7 @@ pub use ashlar_kernels::Pool;
 pub use cache::KvCache;
 pub use config::Config;
 pub use error::ModelError;
-pub use footprint::workspace_bytes;
+pub use footprint::{tables_bytes, workspace_bytes};
 pub use forward::{Item, Logits, Want, Workspace};
 pub use load::Model;
 pub use weights::{LayerWeights, Weights};
