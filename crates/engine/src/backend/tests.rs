@@ -291,6 +291,57 @@ fn a_panic_fails_its_step_and_the_next_request_is_served() {
     until(&b, "idle", |s| (s.panics, s.blocks_used) == (1, 0));
 }
 
+/// The fake model behind a pool of real workers, one of which panics.
+struct Pooled {
+    fake: Fake,
+    pool: Arc<Pool>,
+    /// Tasks fail at tokens from here on.
+    worst: u32,
+}
+
+impl Forward for Pooled {
+    fn vocab(&self) -> usize {
+        self.fake.vocab()
+    }
+
+    fn forward(
+        &mut self,
+        items: &[ashlar_model::Item<'_>],
+        row: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), ashlar_model::ModelError> {
+        let (pool, worst) = (&self.pool, self.worst);
+        let broken = items.iter().any(|i| i.tokens.iter().any(|&t| t >= worst));
+        pool.run(64, |task, _| {
+            assert!(!(broken && task == 63), "a worker broke down")
+        });
+        self.fake.forward(items, row)
+    }
+}
+
+#[test]
+fn a_panicking_worker_costs_its_step_alone() {
+    let (tokenizer, template) = text();
+    let forward = Pooled {
+        fake: Fake::new(BLOCKS),
+        pool: Pool::new(4),
+        worst: 250,
+    };
+    let plan = plan(&CONFIG);
+    let b = LocalBackend::start("m", forward, plan, tokenizer, template, CONFIG).unwrap();
+    for _ in 0..10 {
+        let stream = block_on(b.complete(ids(vec![251; 3], 4))).unwrap();
+        let events = block_on(stream.collect::<Vec<_>>());
+        let Some(Err(e)) = events.last() else {
+            panic!("{events:?}");
+        };
+        assert!(e.status == 500 && e.message.contains("broke down"), "{e}");
+        // Good steps between the bad ones.
+        assert!(block_on(b.score("abc", "d")).unwrap().logprob < 0.0);
+    }
+    assert_eq!(b.stats().unhealthy, None);
+    until(&b, "idle", |s| (s.panics, s.blocks_used) == (10, 0));
+}
+
 #[test]
 fn panic_after_panic_makes_it_unhealthy() {
     let b = backend(Duration::ZERO);
