@@ -17,11 +17,16 @@ mod error;
 #[cfg(test)]
 mod fake;
 mod forward;
+mod memory;
+mod plan;
 mod sampler;
 mod scheduler;
 mod stop;
 mod vocab;
 
+pub use ashlar_model::KvType;
 pub use backend::{EngineConfig, LocalBackend};
 pub use error::EngineError;
+pub use memory::MemorySource;
+pub use plan::MemoryPlan;
 pub use vocab::vocab;

@@ -7,14 +7,17 @@
 mod cache;
 mod config;
 mod error;
+mod footprint;
 mod forward;
 mod load;
 mod weights;
 
 pub use ashlar_formats as formats;
+pub use ashlar_kernels::{KvType, Pool};
 pub use cache::KvCache;
 pub use config::Config;
 pub use error::ModelError;
+pub use footprint::{tables_bytes, workspace_bytes};
 pub use forward::{Item, Logits, Want, Workspace};
 pub use load::Model;
 pub use weights::{LayerWeights, Weights};

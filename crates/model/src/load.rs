@@ -5,7 +5,7 @@ use crate::{
     formats::{Gguf, TensorView},
 };
 use ashlar_kernels::{PackedMatrix, Pool, RopeTable, dequantize};
-use std::{fs::File, path::Path, sync::Arc};
+use std::{path::Path, sync::Arc};
 
 /// One layer's weights.
 pub(crate) struct Layer {
@@ -54,8 +54,7 @@ impl Model {
     /// # Errors
     /// As [`Model::load`].
     pub fn load_with(path: &Path, pool: Arc<Pool>) -> Result<Self, ModelError> {
-        let map = map(path)?;
-        Self::from_gguf(&Gguf::parse(&map)?, pool)
+        Self::from_gguf(&Gguf::parse(&read(path)?)?, pool)
     }
 
     /// Packs a parsed file.
@@ -123,14 +122,12 @@ impl Model {
     }
 }
 
-/// Maps a file. Its pages are read once, while packing.
-pub(crate) fn map(path: &Path) -> Result<memmap2::Mmap, ModelError> {
-    let fault = |e: std::io::Error| ModelError::Read { path: path.into(), cause: e.to_string() };
-    let file = File::open(path).map_err(fault)?;
-    // SAFETY: the map is read-only and dropped when loading ends. A file cut
-    // short meanwhile would fault the process; model files are written under
-    // another name and renamed, never changed in place.
-    unsafe { memmap2::Mmap::map(&file) }.map_err(fault)
+/// Reads a file. Not mapped: touching a page of a map whose file was cut short
+/// meanwhile would end the process, while a read just comes out short, which
+/// parsing then refuses.
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
+    std::fs::read(path)
+        .map_err(|e| ModelError::Read { path: path.into(), cause: e.to_string() })
 }
 
 /// The tensor `name`, if its shape is `expected`.

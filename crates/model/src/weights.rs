@@ -3,7 +3,7 @@
 use crate::{
     Config, ModelError,
     formats::Gguf,
-    load::{floats, map},
+    load::{floats, read},
 };
 use std::path::Path;
 
@@ -44,8 +44,7 @@ impl Weights {
     /// # Errors
     /// As [`crate::Model::load`].
     pub fn load(path: &Path) -> Result<Self, ModelError> {
-        let map = map(path)?;
-        Self::from_gguf(&Gguf::parse(&map)?)
+        Self::from_gguf(&Gguf::parse(&read(path)?)?)
     }
 
     /// Unpacks a parsed file.
