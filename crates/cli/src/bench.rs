@@ -274,6 +274,9 @@ fn serve(args: Serve, as_json: bool) -> Result<()> {
     } else {
         table(&value);
     }
+    if let Some(said) = value["first_refusal"].as_str() {
+        out::note(format!("the server refused a request: {said}"));
+    }
     ensure!(report.completed() > 0, "no request was answered: {}", value["errors"]);
     Ok(())
 }

@@ -151,6 +151,8 @@ struct Answer {
 pub(crate) struct Report {
     answers: Vec<Answer>,
     errors: BTreeMap<String, u64>,
+    /// What a server said when it refused a request.
+    refusal: Option<String>,
     sent: usize,
     seconds: f64,
 }
@@ -186,13 +188,13 @@ impl Load {
             n if n <= 4096 => (0..n).map(|i| self.body(i, &prefix)).collect(),
             _ => Vec::new(),
         };
-        let outcomes = Mutex::new(Vec::new());
+        let (outcomes, refusal) = (Mutex::new(Vec::new()), Mutex::new(None));
         let (next, flying) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let start = Instant::now();
         let one = |i: usize, due: Instant| {
             let outcome = match bodies.get(i) {
-                Some(body) => self.ask(&agent, body, due),
-                None => self.ask(&agent, &self.body(i, &prefix), due),
+                Some(body) => self.ask(&agent, body, due, &refusal),
+                None => self.ask(&agent, &self.body(i, &prefix), due, &refusal),
             };
             outcomes.lock().unwrap_or_else(PoisonError::into_inner).push(outcome);
             done();
@@ -245,7 +247,8 @@ impl Load {
                 Err(kind) => *errors.entry(kind).or_default() += 1,
             }
         }
-        Report { answers, errors, sent, seconds }
+        let refusal = refusal.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Report { answers, errors, refusal, sent, seconds }
     }
 
     /// The `i`th request.
@@ -270,7 +273,13 @@ impl Load {
     }
 
     /// Sends one request and reads its answer to the end; an error is its kind.
-    fn ask(&self, agent: &ureq::Agent, body: &Value, due: Instant) -> Result<Answer, String> {
+    fn ask(
+        &self,
+        agent: &ureq::Agent,
+        body: &Value,
+        due: Instant,
+        refusal: &Mutex<Option<String>>,
+    ) -> Result<Answer, String> {
         let mut request = agent.post(&self.url);
         if let Some(key) = &self.key {
             request = request.header("authorization", format!("Bearer {key}"));
@@ -278,6 +287,10 @@ impl Load {
         let response = request.send_json(body).map_err(|e| kind(&e).to_owned())?;
         let status = response.status();
         if !status.is_success() {
+            let mut said = Vec::new();
+            let _ = response.into_body().into_reader().take(500).read_to_end(&mut said);
+            let mut refusal = refusal.lock().unwrap_or_else(PoisonError::into_inner);
+            refusal.get_or_insert_with(|| String::from_utf8_lossy(&said).trim().to_owned());
             return Err(format!("http_{}", status.as_u16()));
         }
         let reader = response.into_body().into_reader().take(MOST_BYTES);
@@ -377,6 +390,7 @@ impl Report {
             "sent": self.sent,
             "completed": a.len(),
             "errors": self.errors,
+            "first_refusal": self.refusal,
             "duration_s": self.seconds,
             "requests_per_s": a.len() as f64 / seconds,
             "output_tokens_per_s": sum(|a| a.output) as f64 / seconds,
