@@ -117,6 +117,14 @@ pub enum BenchError {
         /// The most in all.
         most: usize,
     },
+    /// A sequence longer than the model can run.
+    #[error("a sequence of {tokens} tokens exceeds the model's context of {context}")]
+    Context {
+        /// Prompt and generated tokens of one sequence.
+        tokens: usize,
+        /// The most the model runs.
+        context: usize,
+    },
     /// The model refused.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -134,7 +142,9 @@ impl Hint for BenchError {
         match self {
             Self::Model(e) => e.hint(),
             Self::Setting { name, .. } => Some(format!("choose another {name}")),
-            Self::Size { .. } => Some("measure fewer or shorter sequences".into()),
+            Self::Size { .. } | Self::Context { .. } => {
+                Some("measure fewer or shorter sequences".into())
+            }
         }
     }
 }
@@ -143,14 +153,14 @@ impl Hint for BenchError {
 /// known: prompts, generations, then the batched pairs.
 ///
 /// # Errors
-/// [`BenchError`]: nothing is run when a setting is out of range; a sequence
-/// beyond the model's context ends the run at that test.
+/// [`BenchError`]: nothing is run when a setting is out of range or a sequence
+/// would exceed the model's context.
 pub fn bench(
     model: Arc<Model>,
     config: &BenchConfig,
     mut each: impl FnMut(BenchResult),
 ) -> Result<(), BenchError> {
-    let blocks = check(config)?;
+    let blocks = check(config, model.config().context)?;
     let forward = Local {
         cache: KvCache::new(model.config(), blocks),
         workspace: Workspace::default(),
@@ -234,7 +244,7 @@ pub fn bench(
 }
 
 /// The blocks that the largest test needs, if every setting is in range.
-fn check(config: &BenchConfig) -> Result<usize, BenchError> {
+fn check(config: &BenchConfig, context: usize) -> Result<usize, BenchError> {
     let range = |name, value, least, most| {
         if (least..=most).contains(&value) {
             return Ok(());
@@ -268,6 +278,9 @@ fn check(config: &BenchConfig) -> Result<usize, BenchError> {
     } else {
         prompt.max(generate)
     };
+    if tokens > context {
+        return Err(BenchError::Context { tokens, context });
+    }
     if sequences.saturating_mul(tokens) > MOST_TOKENS {
         return Err(BenchError::Size {
             sequences,
@@ -527,16 +540,18 @@ mod tests {
             chunk: 16,
             repeat: 1,
         };
-        assert_eq!(check(&good).unwrap(), 16);
+        assert_eq!(check(&good, 1 << 20).unwrap(), 16);
         let bad = |change: fn(&mut BenchConfig)| {
             let mut config = good.clone();
             change(&mut config);
-            check(&config).unwrap_err().to_string()
+            check(&config, 1 << 20).unwrap_err().to_string()
         };
         assert!(bad(|c| c.repeat = 0).contains("repeat is 0"));
         assert!(bad(|c| c.batch = vec![0]).contains("batch is 0"));
         assert!(bad(|c| c.chunk = 0).contains("chunk is 0"));
         assert!(bad(|c| c.generate = vec![usize::MAX]).contains("generate"));
         assert!(bad(|c| (c.prompt, c.batch) = (vec![1 << 19], vec![4])).contains("1048576"));
+        let long = check(&good, 96).unwrap_err().to_string();
+        assert!(long.contains("97 tokens") && long.contains("96"), "{long}");
     }
 }
