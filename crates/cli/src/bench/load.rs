@@ -168,15 +168,13 @@ impl Load {
     /// Sends everything and waits for the last answer; `done` is called after
     /// each request.
     pub(crate) fn run(&self, done: impl Fn() + Sync) -> Report {
-        let clients = match self.arrival {
-            Arrival::Open { .. } => MOST_CLIENTS,
-            Arrival::Closed { clients } => clients,
-        };
         let agent: ureq::Agent = ureq::Agent::config_builder()
             .http_status_as_error(false)
             .timeout_global(Some(self.timeout))
-            .max_idle_connections(clients)
-            .max_idle_connections_per_host(clients)
+            // A connection a request: one kept from before may be closed by the
+            // server just as it is used, and ends as an error that is no fault of it.
+            .max_idle_connections(0)
+            .max_idle_connections_per_host(0)
             // A proxy from the environment would be measured too.
             .proxy(None)
             .build()
@@ -318,7 +316,7 @@ fn read(mut events: impl BufRead, clock: impl Fn() -> f64) -> Result<Answer, Str
         let Some(data) = line.strip_prefix("data:").map(str::trim) else { continue };
         if data == "[DONE]" {
             over = true;
-            continue; // To the end of the stream, so that the connection can be used again.
+            continue; // The end of the stream is part of the whole time.
         }
         let event: Value = serde_json::from_str(data).map_err(|_| "bad_event")?;
         if event.get("error").is_some_and(|e| !e.is_null()) {
