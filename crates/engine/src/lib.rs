@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 mod backend;
+pub mod bench;
 mod blocks;
 mod error;
 #[cfg(test)]
