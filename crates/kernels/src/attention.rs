@@ -34,6 +34,20 @@ impl KvLayout {
     }
 }
 
+/// How scores become weights; what varies from architecture to architecture.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AttentionSpec {
+    /// Scores are multiplied by this, usually `1/sqrt(head_dim)`.
+    pub scale: f32,
+    /// A row sees this many positions back, its own included; `None` is all.
+    pub window: Option<usize>,
+    /// Scaled scores become `cap * tanh(score / cap)`.
+    pub softcap: Option<f32>,
+    /// Slope of each query head: a key at distance d gets `-slope * d` added
+    /// (ALiBi, Press et al. 2022).
+    pub alibi: Option<Vec<f32>>,
+}
+
 /// Writes one position's key and value rows (`kv_heads * head_dim`) to `slot`
 /// of block `block` of a layer.
 ///
@@ -64,20 +78,22 @@ pub fn store_kv(
 /// Attention of query rows (`heads * head_dim` each) over one layer's cache.
 ///
 /// `row(i)` gives row i's page table and how many positions it sees, its own
-/// included. Scores are scaled by `1/sqrt(head_dim)`.
+/// included.
 ///
 /// # Panics
 /// When a page lies beyond the cache, or a row sees more than its pages hold.
+#[allow(clippy::too_many_arguments)]
 pub fn attention<'a>(
     pool: &Pool,
     layout: &KvLayout,
+    spec: &AttentionSpec,
     q: &[f32],
     keys: &[f32],
     values: &[f32],
     row: impl Fn(usize) -> (&'a [u32], usize) + Sync,
     out: &mut [f32],
 ) {
-    attention_on(Isa::active(), pool, layout, q, keys, values, row, out);
+    attention_on(Isa::active(), pool, layout, spec, q, keys, values, row, out);
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -85,6 +101,7 @@ fn attention_on<'a>(
     isa: Isa,
     pool: &Pool,
     layout: &KvLayout,
+    spec: &AttentionSpec,
     q: &[f32],
     keys: &[f32],
     values: &[f32],
@@ -98,13 +115,14 @@ fn attention_on<'a>(
         let (i, head) = (task / layout.heads, task % layout.heads);
         let (pages, seen) = row(i);
         let kv_head = head / (layout.heads / layout.kv_heads);
-        one_head(isa, layout, kv_head, &q[task * dim..][..dim], keys, values, pages, seen, out);
+        let slope = spec.alibi.as_ref().map_or(0.0, |slopes| slopes[head]);
+        one_head(isa, layout, spec, slope, kv_head, &q[task * dim..][..dim], keys, values, pages, seen, out);
     });
 }
 
 tiered! {
     fn one_head(
-        layout: &KvLayout, kv_head: usize, q: &[f32], keys: &[f32], values: &[f32],
+        layout: &KvLayout, spec: &AttentionSpec, slope: f32, kv_head: usize, q: &[f32], keys: &[f32], values: &[f32],
         pages: &[u32], seen: usize, out: &mut [f32],
     ) = one_head_body;
 }
@@ -113,6 +131,8 @@ tiered! {
 #[allow(clippy::too_many_arguments)]
 fn one_head_body(
     layout: &KvLayout,
+    spec: &AttentionSpec,
+    slope: f32,
     kv_head: usize,
     q: &[f32],
     keys: &[f32],
@@ -122,10 +142,11 @@ fn one_head_body(
     out: &mut [f32],
 ) {
     let dim = q.len();
-    let scale = 1.0 / (dim as f32).sqrt();
+    // The first position seen.
+    let from = spec.window.map_or(0, |w| seen.saturating_sub(w));
     let mut sums = [0f32; MAX_HEAD];
     let (mut top, mut total) = (f32::NEG_INFINITY, 0f32);
-    for (index, &page) in pages[..seen.div_ceil(BLOCK)].iter().enumerate() {
+    for (index, &page) in pages[..seen.div_ceil(BLOCK)].iter().enumerate().skip(from / BLOCK) {
         let at = page as usize * layout.block_len() + kv_head * BLOCK * dim;
         let (k, _) = keys[at..][..BLOCK * dim].as_chunks::<BLOCK>();
         let v = &values[at..][..BLOCK * dim];
@@ -138,7 +159,14 @@ fn one_head_body(
         }
         let mut high = top;
         for (i, s) in s.iter_mut().enumerate() {
-            *s = if i < count { *s * scale } else { f32::NEG_INFINITY };
+            let at = index * BLOCK + i;
+            *s *= spec.scale;
+            if let Some(cap) = spec.softcap {
+                *s = cap * ops::tanh(*s / cap);
+            }
+            // Without ALiBi the slope is 0 and adds nothing.
+            *s -= slope * (seen as f32 - 1.0 - at as f32);
+            *s = if (from..seen).contains(&at) { *s } else { f32::NEG_INFINITY };
             high = if *s > high { *s } else { high };
         }
         let shrink = ops::exp(top - high);
@@ -195,10 +223,17 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(24))]
         #[test]
         fn every_tier_equals_plain_attention(
-            seen in 1usize..100, wide in 0usize..3, shift in 0u32..7, seed in 1u32..1000,
+            seen in 1usize..100, wide in 0usize..3, shift in 0u32..7, seed in 1u32..1000, window in 0usize..100,
         ) {
             let layout = KvLayout { heads: 6, kv_heads: 2, head_dim: [8, 64, 80][wide] };
             let dim = layout.head_dim;
+            let odd = window % 2 == 1;
+            let spec = AttentionSpec {
+                scale: 1.0 / (dim as f32).sqrt(),
+                window: (window > 0).then_some(window),
+                softcap: odd.then_some(2.0),
+                alibi: odd.then(|| (0..6).map(|h| 0.1 * h as f32).collect()),
+            };
             let value = |i: usize| ((i as u32).wrapping_mul(2_654_435_761).wrapping_mul(seed) >> 16) as f32 / 32768.0 - 1.0;
             let (mut keys, mut values) = (vec![9.0; 7 * layout.block_len()], vec![9.0; 7 * layout.block_len()]);
             let pages: Vec<u32> = (0..7).map(|i| (i * 3 + shift) % 7).collect();
@@ -210,11 +245,16 @@ mod tests {
             }
             let q: Vec<f32> = (0..6 * dim).map(|i| value(i + 77) * 3.0).collect();
             let mut want = vec![0.0; q.len()];
-            attention_on(Isa::Reference, &Pool::new(1), &layout, &q, &keys, &values, |_| (&pages, seen), &mut want);
+            attention_on(Isa::Reference, &Pool::new(1), &layout, &spec, &q, &keys, &values, |_| (&pages, seen), &mut want);
             for h in 0..6 {
                 let at = h / 3 * dim;
                 let dot = |p: usize| (0..dim).map(|d| f64::from(q[h * dim + d] * ks[p * kv + at + d])).sum::<f64>() / (dim as f64).sqrt();
-                let weights: Vec<f64> = (0..seen).map(|p| dot(p).exp()).collect();
+                let score = |p: usize| match odd {
+                    true => 2.0 * (dot(p) / 2.0).tanh() - 0.1 * h as f64 * (seen - 1 - p) as f64,
+                    false => dot(p),
+                };
+                let far = |p: usize| window > 0 && p + window < seen;
+                let weights: Vec<f64> = (0..seen).map(|p| if far(p) { 0.0 } else { score(p).exp() }).collect();
                 let total: f64 = weights.iter().sum();
                 for d in 0..dim {
                     let plain: f64 = (0..seen).map(|p| weights[p] * f64::from(vs[p * kv + at + d])).sum::<f64>() / total;
@@ -223,7 +263,7 @@ mod tests {
             }
             for isa in Isa::available() {
                 let mut got = vec![0.0; q.len()];
-                attention_on(isa, &Pool::new(2), &layout, &q, &keys, &values, |_| (&pages, seen), &mut got);
+                attention_on(isa, &Pool::new(2), &layout, &spec, &q, &keys, &values, |_| (&pages, seen), &mut got);
                 prop_assert!(got.iter().zip(&want).all(|(a, b)| a.to_bits() == b.to_bits()), "{isa:?}");
             }
         }

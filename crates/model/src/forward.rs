@@ -6,7 +6,7 @@
 
 use crate::{BLOCK, KvCache, Model, ModelError, cache, load::Layer};
 use ashlar_kernels::{
-    add, attention, matmul, matmul_many, rms_norm, rope_interleaved, silu_mul, store_kv,
+    AttentionSpec, add, attention, matmul, matmul_many, rms_norm, rope_interleaved, silu_mul, store_kv,
 };
 
 /// Rows a task takes in element-wise steps.
@@ -189,7 +189,9 @@ impl Model {
             let (item, at) = rows[i];
             (items[item].blocks, at + 1)
         };
-        attention(pool, &cache::layout(c), q, keys, values, seen, mixed);
+        let scale = 1.0 / (c.head_dim as f32).sqrt();
+        let spec = AttentionSpec { scale, window: None, softcap: None, alibi: None };
+        attention(pool, &cache::layout(c), &spec, q, keys, values, seen, mixed);
         matmul(pool, mixed, m, &w.o, back);
         add(x, back);
 

@@ -100,7 +100,7 @@ impl Model {
             layers,
             norm: vector(gguf, "output_norm.weight", c.hidden)?,
             head,
-            rope: RopeTable::new(c.context, c.head_dim, c.rope_theta, factors.as_deref()),
+            rope: RopeTable::new(c.context, c.head_dim, c.rope_theta, factors.as_deref(), 1.0),
             pool,
             config,
         })
