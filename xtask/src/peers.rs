@@ -22,6 +22,7 @@ const MODEL: [&str; 4] = [
 pub(crate) struct Peers {
     pub model: Option<PathBuf>,
     pub python: Option<PathBuf>,
+    pub transformers: Option<PathBuf>,
     pub browser: Option<PathBuf>,
     pub required: bool,
 }
@@ -41,6 +42,7 @@ pub(crate) fn set_up(root: &Path) -> Result<Peers> {
     Ok(Peers {
         model: or_skip("the test model", model(&cache))?,
         python: or_skip("the Python peers (llama.cpp, openai, model-signing)", python(root, &cache))?,
+        transformers: or_skip("transformers", transformers(root, &cache))?,
         browser: or_skip("Chromium", browser())?,
         required,
     })
@@ -72,17 +74,29 @@ fn model(cache: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// A virtual environment with every package of `peers/requirements.txt`.
-/// llama.cpp is compiled from its source package, for this machine.
+/// The Python peers. llama.cpp is compiled from its source package, for this
+/// machine.
 fn python(root: &Path, cache: &Path) -> Result<PathBuf> {
-    let requirements = root.join("xtask/peers/requirements.txt");
+    let flags = "-DGGML_NATIVE=ON -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF";
+    venv(root, cache, "requirements.txt", "venv", "llama.cpp is compiled: some minutes, once", flags)
+}
+
+/// The reference for architectures, apart from the rest for its size: PyTorch's
+/// package needs some 3 GB of libraries for graphics processors.
+fn transformers(root: &Path, cache: &Path) -> Result<PathBuf> {
+    venv(root, cache, "transformers.txt", "transformers", "about 3 GB, once", "")
+}
+
+/// A virtual environment `name` with every package of `peers/<list>`.
+fn venv(root: &Path, cache: &Path, list: &str, name: &str, note: &str, flags: &str) -> Result<PathBuf> {
+    let requirements = root.join("xtask/peers").join(list);
     let wanted = std::fs::read_to_string(&requirements)?;
-    let venv = cache.join("peers/venv");
+    let venv = cache.join("peers").join(name);
     let (python, stamp) = (venv.join("bin/python"), venv.join("installed.txt"));
     if python.is_file() && std::fs::read_to_string(&stamp).is_ok_and(|s| s == wanted) {
         return Ok(python);
     }
-    eprintln!("installing the Python peers (llama.cpp is compiled: some minutes, once)");
+    eprintln!("installing the Python packages of {list} ({note})");
     if !python.is_file() {
         run(Command::new("python3").args(["-m", "venv"]).arg(&venv))?;
     }
@@ -90,7 +104,7 @@ fn python(root: &Path, cache: &Path) -> Result<PathBuf> {
     run(Command::new(&python)
         .args(pip)
         .arg(&requirements)
-        .env("CMAKE_ARGS", "-DGGML_NATIVE=ON -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF")
+        .env("CMAKE_ARGS", flags)
         .env("CMAKE_BUILD_PARALLEL_LEVEL", std::thread::available_parallelism()?.to_string()))?;
     std::fs::write(stamp, wanted)?;
     Ok(python)

@@ -26,6 +26,7 @@ pub(crate) fn run(root: &Path, peers: &Peers) -> Result<()> {
     let known = [
         ("ASHLAR_TEST_MODEL", &peers.model),
         ("ASHLAR_PEERS_PYTHON", &peers.python),
+        ("ASHLAR_TRANSFORMERS_PYTHON", &peers.transformers),
         ("ASHLAR_PEERS_BROWSER", &peers.browser),
     ];
     for (name, path) in known {

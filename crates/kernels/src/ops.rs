@@ -72,7 +72,7 @@ fn gelu_one(x: f32) -> f32 {
 #[inline(always)]
 fn gelu_tanh_one(x: f32) -> f32 {
     // √(8/π)·(x + 0.044715 x³)
-    let u = 1.595_769_1 * (0.044_715 * x * x).mul_add(x, x);
+    let u = 1.595_769 * (0.044_715 * x * x).mul_add(x, x);
     x / (1.0 + exp(-u))
 }
 
@@ -255,6 +255,9 @@ pub fn add(x: &mut [f32], y: &[f32]) {
 /// Positions whose turns are made at once.
 const SPAN: usize = 256;
 
+/// `[position][pair]` of (cosine, sine).
+type Span = Box<[(f32, f32)]>;
+
 /// Cosines and sines by position, made in `f64` as positions are first reached:
 /// a model's context may be far longer than any sequence it is given.
 #[derive(Debug)]
@@ -262,8 +265,7 @@ pub struct RopeTable {
     /// Radians a position, one a pair.
     speeds: Vec<f64>,
     scale: f32,
-    /// A span holds `[position][pair]` of (cosine, sine).
-    spans: Vec<OnceLock<Box<[(f32, f32)]>>>,
+    spans: Vec<OnceLock<Span>>,
 }
 
 impl RopeTable {
