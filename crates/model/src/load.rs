@@ -123,7 +123,7 @@ impl Model {
         let head = match (c.tied, source.find(&head)) {
             (true, None) => None,
             (true, Some(view)) if source.find(&weight(names.embed)).is_some_and(|e| same(e, view)) => None,
-            (true, Some(_)) => return Err(ModelError::Unused(head)),
+            (true, Some(view)) => return Err(ModelError::Unused(view.name.into())),
             (false, _) => Some(source.matrix(&head, c.vocab, c.hidden)?),
         };
         let reader = Reader { source, config: c, names: &names };
@@ -245,6 +245,10 @@ impl Reader<'_, '_> {
             Qkv::Stacked(name) => {
                 let ends = [(0, q), (q, q + kv), (q + kv, q + 2 * kv)];
                 self.split(&at(name), ends.map(|(from, to)| (from..to).collect()), c.hidden, bias)
+            }
+            Qkv::ByHead(_) if c.kv_heads != c.heads => {
+                let (what, value) = ("key and value heads".into(), c.kv_heads.to_string());
+                Err(ModelError::Setting { what, value, must: "the query heads' number, being stored beside them" })
             }
             Qkv::ByHead(name) => {
                 let part = |part| move |head| (3 * head + part) * dim..(3 * head + part + 1) * dim;

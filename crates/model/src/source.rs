@@ -47,20 +47,24 @@ impl<'a> Source<'a> {
         Ok(Self { tensors, read: RefCell::default(), prefix })
     }
 
-    /// The tensor `name`; a name that begins with `/` is taken without the prefix.
-    pub(crate) fn find(&self, name: &str) -> Option<&TensorView<'a>> {
-        let full = match name.strip_prefix('/') {
+    /// A tensor's name in the file.
+    fn full(&self, name: &str) -> String {
+        match name.strip_prefix('/') {
             Some(bare) => bare.to_owned(),
             None => format!("{}{name}", self.prefix),
-        };
-        let (key, view) = self.tensors.get_key_value(full.as_str())?;
+        }
+    }
+
+    /// The tensor `name`; a name that begins with `/` is taken without the prefix.
+    pub(crate) fn find(&self, name: &str) -> Option<&TensorView<'a>> {
+        let (key, view) = self.tensors.get_key_value(self.full(name).as_str())?;
         self.read.borrow_mut().insert(key);
         Some(view)
     }
 
     /// The tensor `name`, if its shape is `expected`.
     pub(crate) fn tensor(&self, name: &str, expected: &[usize]) -> Result<&TensorView<'a>, ModelError> {
-        let view = self.find(name).ok_or_else(|| ModelError::Missing(name.into()))?;
+        let view = self.find(name).ok_or_else(|| ModelError::Missing(self.full(name)))?;
         shaped(view, expected)?;
         Ok(view)
     }
