@@ -5,14 +5,17 @@ usage: architectures.py FOLDER
 FOLDER/<name>/ is a checkpoint in Hugging Face's layout, `logits.bin` in it what
 transformers computes (or `vector.bin`, an encoder's embedding), `tokens.json`
 the tokens. FOLDER/<name>.gguf holds the same weights under llama.cpp's names,
-written here with the `gguf` package, not by our own writer. Weights are f32,
-larger than usual so that every part moves the result, norms and biases random.
+written here with the `gguf` package, not by our own writer. FOLDER/<name>-4/
+has the settings in the layout of transformers 4, as most published checkpoints
+do. Weights are f32 (one model's bf16), larger than usual so that every part
+moves the result, norms and biases random.
 stdout: one JSON line {"version", "names": [...]}.
 """
 
 import json
 import pathlib
 import re
+import shutil
 import sys
 
 import gguf
@@ -81,7 +84,7 @@ GGUF = {
     "qwen3moe": "qwen3moe", "gemma2": "gemma2", "gemma3-pattern": "gemma3", "phi3": "phi3", "phi3-long": "phi3",
     "olmo2": "olmo2", "gpt-neox": "gptneox", "bloom": "bloom", "bert": "bert",
 }  # fmt: skip
-SHARDED = "qwen2"
+SHARDED, HALF = "qwen2", "olmo2"
 
 
 def build(config, seed):
@@ -111,6 +114,30 @@ def expected(model, tokens):
             return "logits.bin", out.logits[0]
         mean = out.last_hidden_state[0].mean(0)
         return "vector.bin", mean / mean.norm()
+
+
+def older(config):
+    """The same settings as transformers 4 writes them; `None` where it is no different."""
+    c = dict(config)
+    parameters = c.pop("rope_parameters", None)
+    if parameters is None:
+        return None
+    own = dict(parameters.get(FULL, parameters))
+    theta, part = own.pop("rope_theta"), own.pop("partial_rotary_factor", 1.0)
+    if c["model_type"] == "gpt_neox":
+        c |= {"rotary_emb_base": theta, "rotary_pct": part}
+    else:
+        c["rope_theta"] = theta
+    if own["rope_type"] != "default":
+        c["rope_scaling"] = own | {"type": own["rope_type"]}
+    if c["model_type"] == "gemma3_text":
+        c["rope_local_base_freq"] = parameters[LOCAL]["rope_theta"]
+        c["sliding_window_pattern"] = c.pop("_sliding_window_pattern")
+    if c["model_type"] != "gemma3_text" or c["num_hidden_layers"] == 7:
+        c.pop("layer_types", None)
+    if "num_local_experts" in c and c["model_type"] == "qwen3_moe":
+        c["num_experts"] = c.pop("num_local_experts")
+    return c
 
 
 def interleave(rows, heads):
@@ -228,11 +255,11 @@ def write_gguf(model, folder, path, kind):
     if kind == "qwen3moe":
         w.add_expert_feed_forward_length(c.moe_intermediate_size)
 
-    from safetensors.numpy import load_file
+    from safetensors.torch import load_file
 
     tensors, stacks = {}, {}
     for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
+        tensors |= {k: t.float().numpy() for k, t in load_file(file).items()}
     for name, t in tensors.items():
         if name.startswith("pooler."):
             continue
@@ -259,17 +286,28 @@ def main():
     hf.logging.set_verbosity_error()
     hf.logging.disable_progress_bar()
     torch.set_num_threads(1)
+    names = []
     for seed, (name, config) in enumerate(CASES.items()):
         folder = root / name
         model = build(config, seed)
         tokens = numpy.random.default_rng(seed).integers(3, VOCAB, LENGTH).tolist()
-        model.save_pretrained(folder, max_shard_size="60KB" if name == SHARDED else "50GB")
+        state = model.state_dict()
+        if name == HALF:
+            # Parameters alone: rotary frequencies stay as they are.
+            state = {k: v.bfloat16() for k, v in state.items()}
+            model.load_state_dict(state)
+        model.save_pretrained(folder, state_dict=state, max_shard_size="60KB" if name == SHARDED else "50GB")
         file, values = expected(model, tokens)
         (folder / file).write_bytes(values.numpy().astype("<f4").tobytes())
         (folder / "tokens.json").write_text(json.dumps(tokens))
+        names.append(name)
+        if settings := older(json.loads((folder / "config.json").read_text())):
+            names.append(f"{name}-4")
+            shutil.copytree(folder, root / names[-1])
+            (root / names[-1] / "config.json").write_text(json.dumps(settings))
         if kind := GGUF.get(name):
             write_gguf(model, folder, root / f"{name}.gguf", kind)
-    print(json.dumps({"version": hf.__version__, "names": list(CASES)}))
+    print(json.dumps({"version": hf.__version__, "names": names}))
 
 
 main()
