@@ -7,7 +7,7 @@ use crate::{
     sampler::Sampler,
     scheduler::{Generate, Job, Limits, Scheduler, Scoring, Shared, Work},
     stop::Stops,
-    vocab,
+    vocab::{folder, vocab},
 };
 use ashlar_api::{
     ApiError, Backend, BackendStats, ChatRequest, CompletionRequest, Event, EventStream, ModelInfo,
@@ -99,18 +99,22 @@ impl LocalBackend {
         Self::start(name, forward, context, tokenizer, template, config)
     }
 
-    /// Serves the GGUF file at `path` with the tokenizer and template inside it.
+    /// Serves the GGUF file at `path` with the tokenizer and template inside it,
+    /// or the folder in Hugging Face's layout with those beside the weights.
     ///
     /// # Errors
     /// Any [`EngineError`].
     pub fn open(name: &str, path: &Path, config: EngineConfig) -> Result<Self, EngineError> {
         check(&config)?;
-        let bytes = std::fs::read(path).map_err(|source| EngineError::Io {
-            path: path.to_owned(),
-            source,
-        })?;
-        let (tokenizer, template) = vocab(&Gguf::parse(&bytes)?)?;
-        drop(bytes);
+        let (tokenizer, template) = if path.is_dir() {
+            folder(path)?
+        } else {
+            let bytes = std::fs::read(path).map_err(|source| EngineError::Io {
+                path: path.to_owned(),
+                source,
+            })?;
+            vocab(&Gguf::parse(&bytes)?)?
+        };
         let model = Arc::new(Model::load(path)?);
         Self::new(name, model, tokenizer, template, config)
     }

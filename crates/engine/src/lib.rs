@@ -24,4 +24,4 @@ mod vocab;
 
 pub use backend::{EngineConfig, LocalBackend};
 pub use error::EngineError;
-pub use vocab::{tokenizer, vocab};
+pub use vocab::{folder, tokenizer, vocab};

@@ -1,8 +1,11 @@
-//! The tokenizer and chat template inside a GGUF file.
+//! The tokenizer and chat template inside a GGUF file, or beside a checkpoint in
+//! Hugging Face's layout.
 
 use crate::EngineError;
 use ashlar_model::formats::{Gguf, Value};
 use ashlar_text::{ChatTemplate, GgufVocab, Tokenizer};
+use serde_json::Value as Json;
+use std::path::Path;
 
 /// Builds the tokenizer and chat template a GGUF file describes.
 ///
@@ -20,6 +23,45 @@ pub fn vocab(gguf: &Gguf<'_>) -> Result<(Tokenizer, ChatTemplate), EngineError> 
     let (bos, eos) = (spelling(BOS), spelling(EOS));
     let template = ChatTemplate::new(&source, bos, eos)?;
     Ok((tokenizer(gguf)?, template))
+}
+
+/// Builds the tokenizer and chat template of a folder in Hugging Face's layout:
+/// `tokenizer.json`, `tokenizer_config.json` and, where the template is a file
+/// of its own, `chat_template.jinja`.
+///
+/// # Errors
+/// [`EngineError::Io`] for a file that cannot be read, and as [`vocab`].
+pub fn folder(path: &Path) -> Result<(Tokenizer, ChatTemplate), EngineError> {
+    let read = |name: &str| {
+        let path = path.join(name);
+        std::fs::read(&path).map_err(|source| EngineError::Io { path, source })
+    };
+    let tokenizer = Tokenizer::from_json(&read("tokenizer.json")?)?;
+    let config = serde_json::from_slice::<Json>(&read("tokenizer_config.json")?);
+    let config = config.map_err(|_| EngineError::Metadata {
+        key: "tokenizer_config.json",
+        wanted: "JSON",
+    })?;
+    let token = |key: &str| {
+        let token = &config[key];
+        token.as_str().or(token["content"].as_str()).unwrap_or_default()
+    };
+    let (bos, eos) = (token("bos_token"), token("eos_token"));
+    let own = path.join("chat_template.jinja");
+    let template = &config["chat_template"];
+    // Several templates are a list; one of them is called "default".
+    let named = template.as_array().and_then(|l| l.iter().find(|t| t["name"] == "default"));
+    let source = match own.exists() {
+        true => String::from_utf8(read("chat_template.jinja")?).ok(),
+        false => template.as_str().or(named.and_then(|t| t["template"].as_str())).map(str::to_owned),
+    };
+    let source = source.ok_or(EngineError::Metadata {
+        key: "chat_template",
+        wanted: "a string",
+    })?;
+    let eos_id = tokenizer.token_id(eos);
+    let template = ChatTemplate::new(&source, bos, eos)?;
+    Ok((tokenizer.with_eos(eos_id), template))
 }
 
 const BOS: &str = "tokenizer.ggml.bos_token_id";

@@ -1,5 +1,5 @@
 //! Tokenizers, from `tokenizer.json` or from GGUF metadata: byte-level BPE,
-//! SentencePiece's BPE (GGUF only), WordPiece (`tokenizer.json` only).
+//! SentencePiece's BPE, WordPiece (`tokenizer.json` only).
 //!
 //! Encoding is the `tokenizers` crate's. Decoding is a table of each token's
 //! bytes, so that a stream and a whole decode alike and an added token is its
@@ -98,8 +98,8 @@ impl Tokenizer {
     /// token is not in that file; see [`Tokenizer::with_eos`].
     ///
     /// # Errors
-    /// [`TextError`] for a file that does not parse, or is neither byte-level
-    /// nor WordPiece. WordPiece forgets spacing: each word comes back with a
+    /// [`TextError`] for a file that does not parse, or is neither byte-level,
+    /// SentencePiece's nor WordPiece. WordPiece forgets spacing: each word comes back with a
     /// space before it.
     pub fn from_json(bytes: &[u8]) -> Result<Self, TextError> {
         let tokenizer = parse(bytes)?;
@@ -107,11 +107,20 @@ impl Tokenizer {
         let decoder = serde_json::to_value(tokenizer.get_decoder()).unwrap_or(Value::Null);
         let nested = decoder["decoders"].as_array();
         let word_piece = decoder["type"] == "WordPiece" && decoder["prefix"] == "##";
-        if !word_piece && !byte_level(&decoder) && !nested.is_some_and(|d| d.iter().all(byte_level)) {
+        let sentence_piece = nested.is_some_and(|d| {
+            let plain = |v: &Value| match v["type"].as_str() {
+                Some("Replace") => v["pattern"]["String"] == "▁" && v["content"] == " ",
+                Some("ByteFallback" | "Fuse" | "Strip") => true,
+                _ => false,
+            };
+            d.iter().any(|v| v["type"] == "ByteFallback") && d.iter().all(plain)
+        });
+        let byte_level = byte_level(&decoder) || nested.is_some_and(|d| d.iter().all(byte_level));
+        if !word_piece && !sentence_piece && !byte_level {
             return Err(TextError::Unsupported {
                 what: "tokenizer.json decoder",
                 found: clip(decoder["type"].as_str().unwrap_or("none")),
-                known: "ByteLevel and WordPiece",
+                known: "ByteLevel, WordPiece and SentencePiece's",
             });
         }
         let mut table = Table::default();
@@ -145,6 +154,10 @@ impl Tokenizer {
                 None if word_piece => match token.strip_prefix("##") {
                     Some(rest) => table.push(rest.as_bytes(), false),
                     None => table.push(format!(" {token}").as_bytes(), false),
+                },
+                None if sentence_piece => match byte_of_piece(&token) {
+                    Some(byte) => table.push(&[byte], false),
+                    None => table.push(token.replace(SPACE, " ").as_bytes(), false),
                 },
                 None => table.push(&spell(&token), false),
             }
@@ -468,8 +481,7 @@ fn from_scores(vocab: GgufVocab) -> Result<Tokenizer, TextError> {
         }
         match kind {
             BYTE => {
-                let byte = token.strip_prefix("<0x").and_then(|t| t.strip_suffix('>'));
-                let byte = byte.and_then(|hex| u8::from_str_radix(hex, 16).ok()).ok_or_else(|| {
+                let byte = byte_of_piece(token).ok_or_else(|| {
                     TextError::Vocabulary(format!("byte token {:?} is not of the form <0x0A>", clip(token)))
                 })?;
                 table.push(&[byte], false);
@@ -517,6 +529,12 @@ fn from_scores(vocab: GgufVocab) -> Result<Tokenizer, TextError> {
     });
     let tokenizer = parse(file.to_string().as_bytes())?;
     Ok(Tokenizer::assemble(tokenizer, table, vocab.bos, vocab.eos, vocab.add_bos))
+}
+
+/// The byte that SentencePiece writes as `<0x0A>`.
+fn byte_of_piece(token: &str) -> Option<u8> {
+    let hex = token.strip_prefix("<0x")?.strip_suffix('>')?;
+    u8::from_str_radix(hex, 16).ok()
 }
 
 fn added_token(id: usize, content: &str, kind: i32) -> Value {

@@ -465,3 +465,33 @@ fn sentence_piece_that_contradicts_itself_is_refused() {
     assert!(error(|v| v.tokens[5] = "<0xZZ>".into()).contains("<0xZZ>"));
     assert!(error(|v| v.tokens[5] = "hi".into()).contains("hi"));
 }
+
+#[test]
+fn sentence_piece_from_json_spells_as_from_gguf() {
+    let mut ids = serde_json::Map::new();
+    let gguf = pieces(Some(false));
+    for (id, token) in gguf.tokens.iter().enumerate() {
+        ids.insert(token.clone(), id.into());
+    }
+    let special = |id: u32, content: &str| {
+        serde_json::json!({"id": id, "content": content, "special": true, "normalized": false,
+            "single_word": false, "lstrip": false, "rstrip": false})
+    };
+    let file = serde_json::json!({
+        "version": "1.0",
+        "added_tokens": [special(1, "<s>"), special(2, "</s>")],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {"type": "BPE", "vocab": ids, "merges": [["h", "i"], ["▁", "hi"], ["i", "t"], ["▁", "▁"]],
+            "unk_token": "<unk>", "fuse_unk": true, "byte_fallback": true},
+    });
+    let json = Tokenizer::from_json(file.to_string().as_bytes()).unwrap();
+    let gguf = Tokenizer::from_gguf(gguf).unwrap();
+    for text in ["hit hi", "  hié<s>"] {
+        let ids = json.encode(text, false).unwrap();
+        assert_eq!(ids, gguf.encode(text, false).unwrap());
+        assert_eq!(json.decode(&ids, true), text);
+    }
+}
