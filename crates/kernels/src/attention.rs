@@ -157,16 +157,20 @@ fn one_head_body(
                 *s = q.mul_add(*k, *s);
             }
         }
+        s.iter_mut().for_each(|s| *s *= spec.scale);
+        if let Some(cap) = spec.softcap {
+            s.iter_mut().for_each(|s| *s = cap * ops::tanh(*s / cap));
+        }
+        if slope != 0.0 {
+            let distance = (seen - 1) as f32 - (index * BLOCK) as f32;
+            for (i, s) in s.iter_mut().enumerate() {
+                *s -= slope * (distance - i as f32);
+            }
+        }
+        let first = from.saturating_sub(index * BLOCK);
         let mut high = top;
         for (i, s) in s.iter_mut().enumerate() {
-            let at = index * BLOCK + i;
-            *s *= spec.scale;
-            if let Some(cap) = spec.softcap {
-                *s = cap * ops::tanh(*s / cap);
-            }
-            // Without ALiBi the slope is 0 and adds nothing.
-            *s -= slope * (seen as f32 - 1.0 - at as f32);
-            *s = if (from..seen).contains(&at) { *s } else { f32::NEG_INFINITY };
+            *s = if (first..count).contains(&i) { *s } else { f32::NEG_INFINITY };
             high = if *s > high { *s } else { high };
         }
         let shrink = ops::exp(top - high);
