@@ -72,6 +72,7 @@ CASES = {
     "phi3-long": hf.Phi3Config(
         **PLAIN, sliding_window=None, original_max_position_embeddings=128, rope_parameters=LONG
     ),
+    "phi3-part": hf.Phi3Config(**PLAIN, rope_parameters=rope("default", partial_rotary_factor=0.75), sliding_window=None),
     "olmo2": hf.Olmo2Config(**PLAIN),
     "gpt-neox": hf.GPTNeoXConfig(**NEOX),
     "gpt-neox-serial": hf.GPTNeoXConfig(**NEOX, use_parallel_residual=False),
@@ -80,7 +81,7 @@ CASES = {
 }
 # Which of them are also written as GGUF, and under which architecture.
 GGUF = {
-    "llama": "llama", "smollm": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
+    "llama": "llama", "llama-linear": "llama", "llama-yarn": "llama", "smollm": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
     "qwen3moe": "qwen3moe", "gemma2": "gemma2", "gemma3-pattern": "gemma3", "phi3": "phi3", "phi3-long": "phi3",
     "olmo2": "olmo2", "gpt-neox": "gptneox", "bloom": "bloom", "bert": "bert",
 }  # fmt: skip
@@ -127,7 +128,7 @@ def older(config):
     if c["model_type"] == "gpt_neox":
         c |= {"rotary_emb_base": theta, "rotary_pct": part}
     else:
-        c["rope_theta"] = theta
+        c |= {"rope_theta": theta, "partial_rotary_factor": part}
     if own["rope_type"] != "default":
         c["rope_scaling"] = own | {"type": own["rope_type"]}
     if c["model_type"] == "gemma3_text":
@@ -229,6 +230,11 @@ def write_gguf(model, folder, path, kind):
                 blend = min(1.0, max(0.0, (turns - low) / (high - low)))
                 factors.append(1 / ((1 - blend) / own["factor"] + blend))
             w.add_tensor("rope_freqs.weight", numpy.array(factors, numpy.float32))
+        if own["rope_type"] in ("linear", "yarn"):
+            w.add_rope_scaling_type(gguf.RopeScalingType(own["rope_type"]))
+            w.add_rope_scaling_factor(own["factor"])
+            if "original_max_position_embeddings" in own:
+                w.add_rope_scaling_orig_ctx_len(own["original_max_position_embeddings"])
         if own["rope_type"] == "longrope":
             original = own["original_max_position_embeddings"]
             factor = c.max_position_embeddings / original
@@ -236,10 +242,10 @@ def write_gguf(model, folder, path, kind):
             w.add_rope_scaling_attn_factors(float(numpy.sqrt(1 + numpy.log(factor) / numpy.log(original))))
             for length in ("short", "long"):
                 w.add_tensor(f"rope_factors_{length}.weight", numpy.array(own[f"{length}_factor"], numpy.float32))
-    if kind in ("qwen3", "qwen3moe", "gemma2", "gemma3"):
+    if dim * heads != hidden:
         w.add_key_length(dim)
         w.add_value_length(dim)
-    if kind in ("gemma2", "gemma3", "phi3") and c.sliding_window:
+    if c.model_type in ("mistral", "gemma2", "gemma3_text", "phi3") and c.sliding_window:
         w.add_sliding_window(c.sliding_window)
     if kind == "gemma2":
         w.add_attn_logit_softcapping(c.attn_logit_softcapping)

@@ -15,8 +15,8 @@ use std::{cell::RefCell, collections::HashSet};
 
 /// Keys of Hugging Face's `config.json` that leave inference as it is: names,
 /// training, special tokens, storage.
-const HARMLESS: [&str; 42] = [
-    "_attn_implementation_autoset", "_name_or_path", "_sliding_window_pattern", "architectures",
+const HARMLESS: [&str; 43] = [
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "bias_dropout_fusion",
     "attention_dropout", "attention_probs_dropout_prob", "auto_map", "bos_token_id", "cache_implementation",
     "classifier_dropout", "dtype", "embd_pdrop", "eos_token_id", "gradient_checkpointing",
     "hidden_dropout", "hidden_dropout_prob", "id2label", "initializer_range", "is_llama_config",
@@ -24,7 +24,7 @@ const HARMLESS: [&str; 42] = [
     "offset_alibi", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
     "pretraining_tp", "resid_pdrop", "rope_interleaved", "router_aux_loss_coef", "router_jitter_noise",
     "seq_length", "skip_bias_add", "skip_bias_add_qkv", "slow_but_exact", "torch_dtype",
-    "transformers_version", "unk_token_id", "use_cache", "attention_softmax_in_fp32",
+    "transformers.js_config", "transformers_version", "unk_token_id", "use_cache", "attention_softmax_in_fp32",
 ];
 
 /// The same of GGUF, after the architecture's name.

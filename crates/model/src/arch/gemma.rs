@@ -45,7 +45,8 @@ pub(super) fn hf2(k: &Keys) -> Result<Description, ModelError> {
 pub(super) fn hf3(k: &Keys) -> Result<Description, ModelError> {
     let mut c = hf(k)?;
     c.qk_norm = Some(QkNorm::Head);
-    let pattern = k.maybe_size("sliding_window_pattern")?.unwrap_or(6);
+    let new = k.maybe_size("_sliding_window_pattern")?;
+    let pattern = k.maybe_size("sliding_window_pattern")?.or(new).unwrap_or(6);
     c.windows = windows(k, c.layers, |i| (i + 1) % pattern != 0)?;
     let local = k.maybe_float("rope_local_base_freq")?.unwrap_or(10_000.0);
     let several = k.nested("rope_parameters")?.is_some_and(|r| r.has("sliding_attention"));

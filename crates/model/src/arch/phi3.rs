@@ -8,6 +8,13 @@ pub(super) fn hf(k: &Keys) -> Result<Description, ModelError> {
     c.activation = activation(k, "hidden_act", "silu", true)?;
     c.windows = windows(k, c.layers, |_| true)?;
     c.qkv_bias = k.flag("attention_bias", false)?;
+    // Phi-4 names these, at the values that change nothing.
+    for key in ["lm_head_bias", "mlp_bias"] {
+        k.only(key, &false.into(), "false")?;
+    }
+    for key in ["full_attn_mod", "interpolate_factor"] {
+        k.only(key, &1.into(), "1")?;
+    }
     let names = Names {
         qkv: Qkv::Stacked("self_attn.qkv_proj"),
         gate_up: GateUp::Stacked("mlp.gate_up_proj"),
