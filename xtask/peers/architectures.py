@@ -212,6 +212,8 @@ def write_gguf(model, folder, path, kind):
     w.add_head_count(heads)
     w.add_head_count_kv(kv)
     w.add_file_type(0)
+    w.add_tokenizer_model("no_vocab")
+    w.add_vocab_size(VOCAB)
     layer_norm = kind in ("gptneox", "bloom", "bert")
     eps = get("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
     (w.add_layer_norm_eps if layer_norm else w.add_layer_norm_rms_eps)(eps)
