@@ -9,7 +9,7 @@ use crate::{
     sampler::Sampler,
     scheduler::{Generate, Job, Limits, Room, Scheduler, Scoring, Shared, Work, message},
     stop::Stops,
-    vocab,
+    vocab::{folder, vocab},
 };
 use ashlar_api::{
     ApiError, Backend, BackendStats, ChatRequest, CompletionRequest, Event, EventStream, ModelInfo,
@@ -133,7 +133,8 @@ impl LocalBackend {
     }
 
     /// Serves the GGUF file at `path` with the tokenizer and template inside
-    /// it. The file is read once, and not looked at after.
+    /// it, or the folder in Hugging Face's layout with those beside the weights.
+    /// A GGUF file is read once, and not looked at after.
     ///
     /// # Errors
     /// Any [`EngineError`].
@@ -143,6 +144,12 @@ impl LocalBackend {
             path: path.to_owned(),
             source,
         };
+        let pool = Pool::new(config.threads.unwrap_or(0));
+        if path.is_dir() {
+            let (tokenizer, template) = folder(path)?;
+            let model = Arc::new(Model::load_with(path, pool)?);
+            return Self::new(name, model, tokenizer, template, config);
+        }
         let memory = available(&config);
         let file = std::fs::metadata(path).map_err(fault)?.len();
         if let Some(available) = memory.bytes.filter(|&b| b < file) {
@@ -156,7 +163,6 @@ impl LocalBackend {
         let bytes = std::fs::read(path).map_err(fault)?;
         let gguf = Gguf::parse(&bytes)?;
         let (tokenizer, template) = vocab(&gguf)?;
-        let pool = Pool::new(config.threads.unwrap_or(0));
         let model = Arc::new(Model::from_gguf(&gguf, pool)?);
         drop(gguf);
         drop(bytes);

@@ -30,4 +30,4 @@ pub use backend::{EngineConfig, LocalBackend};
 pub use error::EngineError;
 pub use memory::MemorySource;
 pub use plan::MemoryPlan;
-pub use vocab::vocab;
+pub use vocab::{folder, tokenizer, vocab};

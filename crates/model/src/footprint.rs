@@ -20,6 +20,10 @@ pub fn workspace_bytes(config: &Config, rows: usize, wanted: usize) -> usize {
         + (rows * wide).max(wanted * c.hidden) // attention's output, then the wanted rows
         + wanted * c.vocab;
     let widest = wide.max(c.ffn).max(c.hidden);
+    let experts = c.experts.as_ref().map_or(0, |e| {
+        // What goes to the experts and comes back, slot by slot; the scores.
+        rows * (e.used * (2 * c.hidden + c.ffn) + c.hidden + e.count + 8 * e.used)
+    });
     // A code a value; a scale, a scaled sum and two sums for each 32 of them.
     let codes = most * widest;
     let scales = codes.div_ceil(32) * 16;
@@ -31,11 +35,11 @@ pub fn workspace_bytes(config: &Config, rows: usize, wanted: usize) -> usize {
     // Grown item by item, hence up to twice as long as they need be.
     let lists = 2 * (rows * 16 + wanted * 8 + rows * 4);
     // The smallest vectors are longer than they need be.
-    4 * floats + codes + scales + attention + lists + 1024
+    4 * (floats + experts) + codes + scales + attention + lists + 1024
 }
 
-/// Bytes a loaded model takes beside its matrices ([`crate::Model::bytes`]):
-/// gains of the norms, the rotary angles.
+/// Bytes a loaded model takes beside its matrices ([`crate::Model::bytes`]) at
+/// most: gains of the norms, the rotary angles of the whole context.
 pub fn tables_bytes(config: &Config) -> usize {
     let c = config;
     4 * ((2 * c.layers + 1) * c.hidden + c.context * c.head_dim)
