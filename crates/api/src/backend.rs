@@ -78,7 +78,8 @@ pub struct Timings {
     pub queue_ms: f64,
     /// From its first step until its first token.
     pub prefill_ms: f64,
-    /// From its first token until its last.
+    /// From its first token until its last: over `completion_tokens - 1`, the
+    /// mean time between tokens.
     pub decode_ms: f64,
 }
 
@@ -142,6 +143,30 @@ pub struct Score {
     pub greedy: bool,
 }
 
+/// How many tokens forward passes computed, as a histogram.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IterationTokens {
+    /// Passes by the first bound they do not exceed; the last entry is of those
+    /// above every bound.
+    pub counts: [u64; 14],
+    /// Tokens of all passes.
+    pub sum: u64,
+}
+
+impl IterationTokens {
+    /// Upper bounds, those of vLLM's `iteration_tokens_total`.
+    pub const BOUNDS: [u64; 13] = [
+        1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
+    ];
+
+    /// Counts a pass of `tokens`.
+    pub fn observe(&mut self, tokens: u64) {
+        let at = Self::BOUNDS.partition_point(|&bound| bound < tokens);
+        self.counts[at] += 1;
+        self.sum += tokens;
+    }
+}
+
 /// A moment's view of a backend. Counters only grow.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct BackendStats {
@@ -171,8 +196,18 @@ pub struct BackendStats {
     pub finished: u64,
     /// Counter: requests whose client went away.
     pub cancelled: u64,
+    /// Counter: requests that ended by an error of the backend.
+    pub failed: u64,
+    /// Counter: requests that waited for another to compute their common prefix.
+    pub prefix_waits: u64,
     /// Counter: forward passes.
     pub steps: u64,
+    /// Counter: forward passes that panicked.
+    pub panics: u64,
+    /// Tokens computed in each forward pass.
+    pub iteration_tokens: IterationTokens,
+    /// Bytes of requests that have not started.
+    pub queued_bytes: u64,
     /// Why the backend cannot serve, when it cannot.
     pub unhealthy: Option<String>,
 }
@@ -197,4 +232,20 @@ pub trait Backend: Send + Sync {
 
     /// Its state now.
     fn stats(&self) -> BackendStats;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::IterationTokens;
+
+    #[test]
+    fn a_pass_on_a_bound_falls_under_it() {
+        let mut h = IterationTokens::default();
+        for tokens in [1, 2, 8, 16384, 16385, u64::from(u32::MAX)] {
+            h.observe(tokens);
+        }
+        assert_eq!((h.counts[0], h.counts[1]), (1, 2));
+        assert_eq!((h.counts[12], h.counts[13]), (1, 2));
+        assert_eq!(IterationTokens::BOUNDS.len() + 1, h.counts.len());
+    }
 }

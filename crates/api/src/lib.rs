@@ -19,8 +19,8 @@ mod request;
 mod response;
 
 pub use backend::{
-    Backend, BackendStats, Event, EventStream, Finish, ModelInfo, PromptDetails, Score, Timings,
-    Usage,
+    Backend, BackendStats, Event, EventStream, Finish, IterationTokens, ModelInfo, PromptDetails,
+    Score, Timings, Usage,
 };
 pub use error::{ApiError, ErrorBody, ErrorDetail};
 pub use request::{ChatMessage, ChatRequest, CompletionRequest, Prompt, Sampling, StreamOptions};

@@ -3,7 +3,7 @@
 //! A field is served, or accepted because it changes nothing here (`user`,
 //! `metadata`, `store: false`, `n: 1`, `tools: []`, …), or refused by name.
 //! Fields beyond OpenAI's schema carry the names vLLM gave them: `top_k`,
-//! `min_p`, `repetition_penalty`.
+//! `min_p`, `repetition_penalty`, `priority`.
 
 use crate::ApiError;
 use crate::fields::{Fields, brief, invalid, unsupported, wrong_type};
@@ -145,6 +145,9 @@ pub struct ChatRequest {
     /// A stable hash of the end user.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub safety_identifier: Option<String>,
+    /// Lower goes sooner, whoever else waits. Default 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub priority: Option<i32>,
     /// See [`Sampling::logprobs`]; for Rust callers only, the wire has no such
     /// answer yet.
     #[serde(skip)]
@@ -219,6 +222,9 @@ pub struct CompletionRequest {
     /// The end user, as the caller names them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
+    /// Lower goes sooner, whoever else waits. Default 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub priority: Option<i32>,
     /// See [`Sampling::logprobs`]; for Rust callers only.
     #[serde(skip)]
     pub logprobs: bool,
@@ -256,6 +262,7 @@ impl ChatRequest {
         let n = single(&mut f, "n")?;
         let user = f.string("user")?;
         let safety_identifier = f.string("safety_identifier")?;
+        let priority = priority(&mut f)?;
         harmless(&mut f)?;
 
         let none_or = |word: &'static str| move |v: &Value| v == "none" || v == word;
@@ -317,6 +324,7 @@ impl ChatRequest {
             n,
             user,
             safety_identifier,
+            priority,
             logprobs: false,
         })
     }
@@ -365,6 +373,7 @@ impl CompletionRequest {
         single(&mut f, "best_of")?;
         let user = f.string("user")?;
         f.string("safety_identifier")?;
+        let priority = priority(&mut f)?;
         harmless(&mut f)?;
         f.only_if("echo", "the prompt is not sent back", |v| v == false)?;
         f.only_if("logprobs", "log-probabilities are not served", |_| false)?;
@@ -388,6 +397,7 @@ impl CompletionRequest {
             stream_options,
             n,
             user,
+            priority,
             logprobs: false,
         })
     }
@@ -524,6 +534,11 @@ fn streaming(f: &mut Fields) -> Result<(bool, Option<StreamOptions>), ApiError> 
         ));
     }
     Ok((stream, Some(StreamOptions { include_usage })))
+}
+
+fn priority(f: &mut Fields) -> Result<Option<i32>, ApiError> {
+    let value = f.integer("priority", i32::MIN.into(), i32::MAX.into())?;
+    Ok(value.and_then(|p| i32::try_from(p).ok()))
 }
 
 /// `n` and `best_of`: 1 or absent.

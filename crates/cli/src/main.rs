@@ -3,6 +3,7 @@
 //! Stages never import each other; this crate strings them together. It is the
 //! only one with `anyhow`: below it, errors are typed.
 
+mod bench;
 mod chat;
 mod doctor;
 mod out;
@@ -80,6 +81,11 @@ enum Verb {
         #[arg(long, default_value = "prod", value_name = "NAME|PATH")]
         model: String,
     },
+    /// Measure the engine on a model file, or a server under load.
+    Bench {
+        #[command(subcommand)]
+        what: bench::What,
+    },
     /// Sign every file in a folder (OpenSSF Model Signing, key method).
     Sign {
         /// The folder.
@@ -133,6 +139,7 @@ async fn run(args: Args) -> Result<()> {
         }
         Verb::Serve { model, listen } => serve::run(&home, &model, &listen, json).await,
         Verb::Chat { model } => chat::run(&home, &model).await,
+        Verb::Bench { what } => bench::run(what, json).await,
         Verb::Sign { dir, key } => sign::sign(&dir, &key, json),
         Verb::Verify { ledger: true, .. } => sign::verify_ledger(&home, json).await,
         Verb::Verify { dir: Some(dir), public_key: Some(key), signature, .. } => {

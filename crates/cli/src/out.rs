@@ -56,6 +56,7 @@ fn hint(error: &anyhow::Error) -> Option<String> {
             ashlar_train::TrainError,
             ashlar_model::ModelError,
             ashlar_engine::EngineError,
+            ashlar_engine::bench::BenchError,
             ashlar_eval::EvalError,
             ashlar_quant::MergeError,
             ashlar_govern::GovernError,

@@ -3,7 +3,7 @@
 use crate::{out, trace::Overlaps};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use ashlar_api::Backend;
-use ashlar_engine::{EngineConfig, LocalBackend};
+use ashlar_engine::{EngineConfig, LocalBackend, MemoryPlan};
 use ashlar_gateway::{GatewayState, Served};
 use ashlar_store::Store;
 use serde_json::{Value, json};
@@ -14,6 +14,7 @@ use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
 pub(crate) struct Server {
     address: SocketAddr,
     model: String,
+    plan: MemoryPlan,
     stop: oneshot::Sender<()>,
     task: JoinHandle<std::io::Result<()>>,
 }
@@ -71,6 +72,7 @@ pub(crate) async fn start(store: &Store, model: &str, listener: TcpListener) -> 
         move || LocalBackend::open(&name, &path, EngineConfig::default())
     })
     .await??;
+    let plan = backend.plan().clone();
     let name = backend.models().first().map_or(name, |m| m.id.clone());
     let mut state = GatewayState::new(vec![Arc::new(backend)], store.clone());
     if let Some(release) = &served {
@@ -88,7 +90,7 @@ pub(crate) async fn start(store: &Store, model: &str, listener: TcpListener) -> 
         // A dropped sender means the server's owner is gone: stop as well.
         let _ = stopped.await;
     }));
-    Ok(Server { address, model: name, stop, task })
+    Ok(Server { address, model: name, plan, stop, task })
 }
 
 impl Server {
@@ -143,8 +145,9 @@ pub(crate) async fn run(home: &Path, model: &str, listen: &str, as_json: bool) -
     let store = Store::open(home).await?;
     let server = start(&store, model, bind(listen).await?).await?;
     if as_json {
-        out::json(&json!({"address": server.address().to_string(), "model": server.model}))?;
+        out::json(&json!({"address": server.address().to_string(), "model": server.model, "memory": server.plan}))?;
     }
+    out::note(server.plan.to_string());
     out::note(format!("serving {} on http://{}  (console at /, API at /v1; Ctrl-C stops)", server.model, server.address()));
     server.until_interrupted().await
 }

@@ -6,7 +6,9 @@ mod common;
 use common::{ashlar, json, said};
 use std::path::Path;
 
-const VERBS: [&str; 9] = ["", "up", "trace", "takedown", "serve", "chat", "sign", "verify", "doctor"];
+const VERBS: [&str; 12] = [
+    "", "up", "trace", "takedown", "serve", "chat", "bench", "bench engine", "bench serve", "sign", "verify", "doctor",
+];
 
 #[test]
 fn help_is_as_committed() {
@@ -14,7 +16,7 @@ fn help_is_as_committed() {
     let home = tempfile::tempdir().expect("temp dir");
     let mut all = String::new();
     for verb in VERBS {
-        let args: Vec<&str> = [verb, "--help"].into_iter().filter(|a| !a.is_empty()).collect();
+        let args: Vec<&str> = verb.split_whitespace().chain(["--help"]).collect();
         let out = ashlar(home.path(), &args).env_remove("ASHLAR_HOME").output().expect("runs");
         assert!(out.status.success(), "{}", said(&out));
         all += &format!("$ ashlar {}\n{}\n", args.join(" "), String::from_utf8_lossy(&out.stdout));
@@ -39,6 +41,10 @@ fn wrong_input_is_told_what_is_wrong_and_what_to_do() {
         (&["verify"], "--public-key"),
         (&["sign", "no-such-folder", "--key", "no-such-key"], "no-such"),
         (&["up", "--no-such-option"], "--no-such-option"),
+        (&["bench", "engine", "--model", "no-such-model"], "no-such-model"),
+        (&["bench", "serve", "--url", "http://192.0.2.1", "--model", "m"], "--allow-remote"),
+        (&["bench", "serve", "--url", "http://127.0.0.1:1", "--model", "m", "--rate", "0"], "--rate is 0"),
+        (&["bench", "serve", "--url", "http://127.0.0.1:1", "--model", "m", "--output-tokens", "0"], "1..="),
     ] {
         let out = ashlar(home.path(), args).output().expect("runs");
         assert!(!out.status.success(), "{args:?} must fail");

@@ -419,6 +419,7 @@ fn tokenizer() -> Tokenizer {
         bos: Some(1),
         eos: Some(2),
         add_bos: false,
+        ..GgufVocab::default()
     })
     .unwrap()
 }

@@ -4,25 +4,26 @@
 use crate::{
     EngineError,
     forward::{Forward, Local},
+    memory::{self, Available, MemorySource},
+    plan::{MemoryPlan, Need, REQUEST_BYTES, TOKEN_BYTES},
     sampler::Sampler,
-    scheduler::{Generate, Job, Limits, Scheduler, Scoring, Shared, Work},
+    scheduler::{Generate, Job, Limits, Room, Scheduler, Scoring, Shared, Work, message},
     stop::Stops,
-    vocab,
+    vocab::{folder, vocab},
 };
 use ashlar_api::{
     ApiError, Backend, BackendStats, ChatRequest, CompletionRequest, Event, EventStream, ModelInfo,
     Prompt, Sampling, Score,
 };
-use ashlar_core::{Fault, Hint, clock};
-use ashlar_model::{BLOCK, KvCache, Model, Workspace, formats::Gguf};
+use ashlar_core::{Digest, Fault, Hint, clock};
+use ashlar_model::{KvCache, KvType, Model, Pool, Workspace, formats::Gguf};
 use ashlar_text::{ChatTemplate, Message, TextError, Tokenizer};
 use futures::Stream;
 use std::{
-    any::Any,
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
     pin::Pin,
-    sync::{Arc, atomic::Ordering, mpsc},
+    sync::{Arc, mpsc},
     task::{Context, Poll},
     thread::JoinHandle,
     time::Instant,
@@ -35,9 +36,13 @@ const LONG_TEXT: usize = 16 << 10;
 /// How much an engine holds and does at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EngineConfig {
-    /// KV blocks of [`BLOCK`] tokens, shared by all requests. A request longer
-    /// than all of them is refused, so this bounds the context too.
-    pub kv_blocks: usize,
+    /// KV blocks of [`ashlar_model::BLOCK`] tokens, shared by all requests. A
+    /// request longer than all of them is refused, so this bounds the context
+    /// too. `None` takes as many as the memory holds, up to `max_batch` whole
+    /// contexts.
+    pub kv_blocks: Option<usize>,
+    /// How keys and values are kept.
+    pub kv_type: KvType,
     /// Requests computed together.
     pub max_batch: usize,
     /// Prompt tokens a step; running requests wait that long for their next
@@ -45,16 +50,29 @@ pub struct EngineConfig {
     pub max_prefill: usize,
     /// Requests waiting; one more is refused with 429.
     pub max_queue: usize,
+    /// Bytes of requests waiting; what would exceed them is refused with 429.
+    pub max_queue_bytes: usize,
+    /// Threads that compute; `None` is one for each processor this process may
+    /// use.
+    pub threads: Option<usize>,
+    /// Bytes the engine may take in all, weights included; `None` is what the
+    /// system and the control group leave, less a tenth.
+    pub memory_bytes: Option<u64>,
 }
 
 impl Default for EngineConfig {
-    /// 16,384 tokens of cache, 16 at once, 256 prompt tokens a step, 256 waiting.
+    /// A fitted cache, 16 at once, 256 prompt tokens a step, 256 of 32 MiB
+    /// waiting, all processors.
     fn default() -> Self {
         Self {
-            kv_blocks: 512,
+            kv_blocks: None,
+            kv_type: KvType::default(),
             max_batch: 16,
             max_prefill: 256,
             max_queue: 256,
+            max_queue_bytes: 32 << 20,
+            threads: None,
+            memory_bytes: None,
         }
     }
 }
@@ -63,7 +81,8 @@ impl Default for EngineConfig {
 pub struct LocalBackend {
     name: String,
     created: i64,
-    config: EngineConfig,
+    room: Room,
+    plan: MemoryPlan,
     /// Tokens of prompt and answer that fit.
     context: usize,
     vocab: usize,
@@ -77,11 +96,13 @@ pub struct LocalBackend {
 }
 
 impl LocalBackend {
-    /// Serves `model` under `name`; allocates its cache and starts its thread.
+    /// Serves `model` under `name`; plans and allocates its cache and starts
+    /// its thread. The model brings its own threads: `config.threads` is not
+    /// looked at.
     ///
     /// # Errors
     /// [`EngineError::Vocabulary`], [`EngineError::Setting`],
-    /// [`EngineError::Thread`].
+    /// [`EngineError::Memory`], [`EngineError::Thread`].
     pub fn new(
         name: &str,
         model: Arc<Model>,
@@ -90,39 +111,80 @@ impl LocalBackend {
         config: EngineConfig,
     ) -> Result<Self, EngineError> {
         check(&config)?;
-        let context = model.config().context;
+        let mut memory = available(&config);
+        if memory.source != MemorySource::Setting {
+            // The weights are in memory already.
+            memory.bytes = memory.bytes.map(|b| b.saturating_add(model.bytes() as u64));
+        }
+        let head = model.config().head_dim;
+        if config.kv_type == KvType::Int8 && !head.is_multiple_of(4) {
+            let name = "head size with kv_type int8, a multiple of 4,";
+            return Err(EngineError::Setting { name, value: head, least: 4 });
+        }
+        let threads = model.pool().threads();
+        let need = Need::of(model.config(), model.bytes(), threads, &config);
+        let plan = MemoryPlan::fit(need, &config, memory)?;
         let forward = Local {
-            cache: KvCache::new(model.config(), config.kv_blocks),
+            cache: KvCache::of(model.config(), plan.kv_blocks, config.kv_type),
             workspace: Workspace::default(),
             model,
         };
-        Self::start(name, forward, context, tokenizer, template, config)
+        Self::start(name, forward, plan, tokenizer, template, config)
     }
 
-    /// Serves the GGUF file at `path` with the tokenizer and template inside it.
+    /// Serves the GGUF file at `path` with the tokenizer and template inside
+    /// it, or the folder in Hugging Face's layout with those beside the weights.
+    /// A GGUF file is read once, and not looked at after.
     ///
     /// # Errors
     /// Any [`EngineError`].
     pub fn open(name: &str, path: &Path, config: EngineConfig) -> Result<Self, EngineError> {
         check(&config)?;
-        let bytes = std::fs::read(path).map_err(|source| EngineError::Io {
+        let fault = |source| EngineError::Io {
             path: path.to_owned(),
             source,
-        })?;
-        let (tokenizer, template) = vocab(&Gguf::parse(&bytes)?)?;
+        };
+        let pool = Pool::new(config.threads.unwrap_or(0));
+        if path.is_dir() {
+            let (tokenizer, template) = folder(path)?;
+            let model = Arc::new(Model::load_with(path, pool)?);
+            return Self::new(name, model, tokenizer, template, config);
+        }
+        let memory = available(&config);
+        let file = std::fs::metadata(path).map_err(fault)?.len();
+        if let Some(available) = memory.bytes.filter(|&b| b < file) {
+            return Err(EngineError::FileMemory {
+                file,
+                available,
+                source_of: memory.source,
+            });
+        }
+        // Not mapped: a file cut short under a map ends the process.
+        let bytes = std::fs::read(path).map_err(fault)?;
+        let gguf = Gguf::parse(&bytes)?;
+        let (tokenizer, template) = vocab(&gguf)?;
+        let model = Arc::new(Model::from_gguf(&gguf, pool)?);
+        drop(gguf);
         drop(bytes);
-        let model = Arc::new(Model::load(path)?);
         Self::new(name, model, tokenizer, template, config)
     }
 
     pub(crate) fn start(
         name: &str,
         forward: impl Forward + 'static,
-        context: usize,
+        plan: MemoryPlan,
         tokenizer: Tokenizer,
         template: ChatTemplate,
         config: EngineConfig,
     ) -> Result<Self, EngineError> {
+        let least = plan.context.saturating_mul(TOKEN_BYTES) + REQUEST_BYTES;
+        if config.max_queue_bytes < least {
+            return Err(EngineError::Setting {
+                name: "max_queue_bytes",
+                value: config.max_queue_bytes,
+                least,
+            });
+        }
         let vocab = forward.vocab();
         if tokenizer.vocab_size() > vocab {
             return Err(EngineError::Vocabulary {
@@ -135,7 +197,7 @@ impl LocalBackend {
         let shared = Arc::new(Shared::default());
         let scheduler = Scheduler::new(
             forward,
-            config.kv_blocks,
+            plan.kv_blocks,
             Limits {
                 batch: config.max_batch,
                 prefill: config.max_prefill,
@@ -159,8 +221,13 @@ impl LocalBackend {
         Ok(Self {
             name: name.to_owned(),
             created: clock::now_ms() / 1000,
-            config,
-            context: context.min(config.kv_blocks * BLOCK),
+            room: Room {
+                requests: config.max_queue,
+                bytes: config.max_queue_bytes,
+                batch: config.max_batch,
+            },
+            context: plan.context,
+            plan,
             vocab,
             longest: longest.max(1),
             tokenizer,
@@ -169,6 +236,11 @@ impl LocalBackend {
             jobs: Some(jobs),
             thread: Some(thread),
         })
+    }
+
+    /// Where its memory goes.
+    pub fn plan(&self) -> &MemoryPlan {
+        &self.plan
     }
 
     /// Its tokenizer.
@@ -235,6 +307,7 @@ impl LocalBackend {
         &self,
         tokens: Vec<u32>,
         s: &Sampling,
+        turn: Turn,
         param: &str,
     ) -> Result<EventStream, ApiError> {
         let max_tokens = self.room(tokens.len(), s.max_tokens, param)?;
@@ -249,18 +322,16 @@ impl LocalBackend {
             ));
         }
         let (sender, receiver) = events::unbounded_channel();
-        self.send(Job {
-            tokens,
-            sent: Instant::now(),
-            work: Work::Generate(Generate {
-                events: sender,
-                sampler: Sampler::new(s),
-                decoder: self.tokenizer.stream(),
-                stops: Stops::new(s.stop.clone()),
-                max_tokens,
-                every_token: s.logprobs,
-            }),
-        })?;
+        let extra = s.stop.iter().map(String::len).sum::<usize>() + 8 * s.logit_bias.len();
+        let work = Work::Generate(Generate {
+            events: sender,
+            sampler: Sampler::new(s),
+            decoder: self.tokenizer.stream(),
+            stops: Stops::new(s.stop.clone()),
+            max_tokens,
+            every_token: s.logprobs,
+        });
+        self.send(tokens, work, turn, extra)?;
         Ok(Box::pin(Events {
             receiver,
             over: false,
@@ -268,22 +339,31 @@ impl LocalBackend {
         }))
     }
 
-    fn send(&self, job: Job) -> Result<(), ApiError> {
+    /// 503 or 429 for a request that would be refused whatever it holds, so
+    /// that no work is put into it.
+    fn check_open(&self) -> Result<(), ApiError> {
         if let Some(why) = self.shared.stats().unhealthy.clone() {
             return Err(ApiError::unavailable(why));
         }
-        let queued = &self.shared.queued;
-        let admit = |n: usize| (n < self.config.max_queue).then_some(n + 1);
-        if queued
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, admit)
-            .is_err()
-        {
-            let retry = 1 + self.config.max_queue / self.config.max_batch / 4;
-            return Err(ApiError::overloaded(
-                format!("{} requests are waiting already", self.config.max_queue),
-                u32::try_from(retry).unwrap_or(u32::MAX),
-            ));
+        self.shared.peek(self.room)
+    }
+
+    fn send(&self, tokens: Vec<u32>, work: Work, turn: Turn, extra: usize) -> Result<(), ApiError> {
+        if let Some(why) = self.shared.stats().unhealthy.clone() {
+            return Err(ApiError::unavailable(why));
         }
+        let bytes = tokens
+            .len()
+            .saturating_mul(TOKEN_BYTES)
+            .saturating_add(extra);
+        let job = Job {
+            tokens,
+            work,
+            priority: turn.priority,
+            user: turn.user,
+            ticket: self.shared.enter(bytes, self.room)?,
+            sent: Instant::now(),
+        };
         self.jobs
             .as_ref()
             .and_then(|jobs| jobs.send(job).ok())
@@ -336,6 +416,12 @@ impl Backend for LocalBackend {
 
     async fn chat(&self, request: ChatRequest) -> Result<EventStream, ApiError> {
         self.check_model(&request.model)?;
+        self.check_open()?;
+        let user = request
+            .user
+            .as_deref()
+            .or(request.safety_identifier.as_deref());
+        let turn = Turn::new(user, request.priority);
         let bytes = request.messages.iter().map(|m| m.content.len()).sum();
         self.check_bytes(bytes, "messages")?;
         let sampling = request.sampling();
@@ -350,13 +436,15 @@ impl Backend for LocalBackend {
         let (template, tokenizer) = (self.template.clone(), self.tokenizer.clone());
         let tokens = Self::tokenize(bytes, move || template.encode(&tokenizer, &messages, true));
         let tokens = tokens.await.map_err(|e| at(e, "messages"))?;
-        self.generate(tokens, &sampling, "messages")
+        self.generate(tokens, &sampling, turn, "messages")
     }
 
     /// Control tokens written out in a text prompt are control tokens, as in
     /// other servers: a caller of this endpoint writes the whole prompt.
     async fn complete(&self, request: CompletionRequest) -> Result<EventStream, ApiError> {
         self.check_model(&request.model)?;
+        self.check_open()?;
+        let turn = Turn::new(request.user.as_deref(), request.priority);
         let sampling = request.sampling();
         let tokens = match request.prompt {
             Prompt::Tokens(ids) => {
@@ -386,7 +474,7 @@ impl Backend for LocalBackend {
                 Some("invalid_value"),
             ));
         }
-        self.generate(tokens, &sampling, "prompt")
+        self.generate(tokens, &sampling, turn, "prompt")
     }
 
     /// As lm-evaluation-harness does it: white space at the end of the context
@@ -395,6 +483,7 @@ impl Backend for LocalBackend {
     /// the beginning (else the end) token. Control tokens written out are
     /// control tokens.
     async fn score(&self, context: &str, continuation: &str) -> Result<Score, ApiError> {
+        self.check_open()?;
         let whole = format!("{context}{continuation}");
         let context = context.trim_end();
         self.check_bytes(whole.len(), "context")?;
@@ -435,24 +524,22 @@ impl Backend for LocalBackend {
             ));
         }
         let (reply, answer) = oneshot::channel();
-        self.send(Job {
-            tokens,
-            sent: Instant::now(),
-            work: Work::Score(Scoring {
-                context,
-                reply: Some(reply),
-                logprob: 0.0,
-                greedy: true,
-            }),
-        })?;
+        let work = Work::Score(Scoring {
+            context,
+            reply: Some(reply),
+            logprob: 0.0,
+            greedy: true,
+        });
+        self.send(tokens, work, Turn::new(None, None), 0)?;
         answer.await.unwrap_or_else(|_| Err(gone(&self.shared)))
     }
 
     fn stats(&self) -> BackendStats {
         let mut stats = self.shared.stats().clone();
         // Jobs the scheduler has not seen yet wait too.
-        let queued = self.shared.queued.load(Ordering::Relaxed);
-        stats.waiting = stats.waiting.max(u32::try_from(queued).unwrap_or(u32::MAX));
+        let queued = u32::try_from(self.shared.queued()).unwrap_or(u32::MAX);
+        stats.waiting = stats.waiting.max(queued);
+        stats.queued_bytes = self.shared.queued_bytes() as u64;
         stats
     }
 }
@@ -464,6 +551,22 @@ impl Drop for LocalBackend {
         drop(self.jobs.take());
         if let Some(thread) = self.thread.take() {
             drop(thread.join());
+        }
+    }
+}
+
+/// When a request's turn comes.
+#[derive(Clone, Copy)]
+struct Turn {
+    priority: i32,
+    user: Option<Digest>,
+}
+
+impl Turn {
+    fn new(user: Option<&str>, priority: Option<i32>) -> Self {
+        Self {
+            priority: priority.unwrap_or(0),
+            user: user.map(|u| Digest::of(u.as_bytes())),
         }
     }
 }
@@ -492,9 +595,21 @@ impl Stream for Events {
     }
 }
 
+/// What the engine may take, the weights not yet loaded.
+fn available(config: &EngineConfig) -> Available {
+    match config.memory_bytes {
+        Some(bytes) => Available {
+            bytes: Some(bytes),
+            source: MemorySource::Setting,
+        },
+        None => memory::available(),
+    }
+}
+
 fn check(config: &EngineConfig) -> Result<(), EngineError> {
     for (name, value) in [
-        ("kv_blocks", config.kv_blocks),
+        ("kv_blocks", config.kv_blocks.unwrap_or(1)),
+        ("threads", config.threads.unwrap_or(1)),
         ("max_batch", config.max_batch),
         ("max_prefill", config.max_prefill),
         ("max_queue", config.max_queue),
@@ -551,14 +666,6 @@ fn at(mut e: ApiError, param: &str) -> ApiError {
 fn gone(shared: &Shared) -> ApiError {
     let why = shared.stats().unhealthy.clone();
     ApiError::internal(why.unwrap_or_else(|| "the scheduler stopped".into()))
-}
-
-fn message(panic: &(dyn Any + Send)) -> &str {
-    panic
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("a panic without a message")
 }
 
 #[cfg(test)]

@@ -1,5 +1,9 @@
 //! Why an engine could not start. Errors of a request are `ApiError`s.
 
+use crate::{
+    memory::MemorySource,
+    plan::{MemoryPlan, size},
+};
 use ashlar_core::{Fault, Hint};
 use ashlar_model::{ModelError, formats::FormatError};
 use ashlar_text::TextError;
@@ -51,6 +55,34 @@ pub enum EngineError {
         /// The least that works.
         least: usize,
     },
+    /// The memory does not hold the model and the least it needs beside it.
+    #[error(
+        "the engine needs {} of memory, {} are {}: weights {}, {} of KV cache a block of 32 tokens, \
+         workspace {}, requests {}, reserve {}",
+        size(*.needed), size(*.available), .plan.source, size(.plan.weights_bytes),
+        size(.plan.kv_block_bytes), size(.plan.workspace_bytes), size(.plan.requests_bytes),
+        size(.plan.reserve_bytes)
+    )]
+    Memory {
+        /// Bytes needed in all.
+        needed: u64,
+        /// Bytes there are.
+        available: u64,
+        /// KV blocks there would be room for; 0 when too few to serve.
+        blocks_that_fit: usize,
+        /// The plan that does not fit.
+        plan: Box<MemoryPlan>,
+    },
+    /// The file alone is larger than the memory.
+    #[error("the model file has {}, {} of memory are {source_of}", size(*.file), size(*.available))]
+    FileMemory {
+        /// Bytes of the file.
+        file: u64,
+        /// Bytes there are.
+        available: u64,
+        /// Who says so.
+        source_of: MemorySource,
+    },
     /// The scheduler's thread could not be started.
     #[error("starting the scheduler thread: {0}")]
     Thread(std::io::Error),
@@ -59,7 +91,9 @@ pub enum EngineError {
 impl Hint for EngineError {
     fn fault(&self) -> Fault {
         match self {
-            Self::Io { .. } | Self::Thread(_) => Fault::Environment,
+            Self::Io { .. } | Self::Thread(_) | Self::Memory { .. } | Self::FileMemory { .. } => {
+                Fault::Environment
+            }
             Self::Format(e) => e.fault(),
             Self::Model(e) => e.fault(),
             Self::Text(e) => e.fault(),
@@ -78,6 +112,19 @@ impl Hint for EngineError {
             Self::Vocabulary { .. } => Some("use the tokenizer the model was made with".into()),
             Self::Io { .. } => Some("check the path and its permissions".into()),
             Self::Setting { name, least, .. } => Some(format!("set {name} to {least} or more")),
+            Self::Memory {
+                blocks_that_fit: 0, ..
+            }
+            | Self::FileMemory { .. } => Some(
+                "free memory or raise its limit, lower max_batch or max_prefill, or choose a \
+                 smaller model or quantization"
+                    .into(),
+            ),
+            Self::Memory {
+                blocks_that_fit, ..
+            } => Some(format!(
+                "set kv_blocks to at most {blocks_that_fit}, or leave it out to have it fitted"
+            )),
             Self::Thread(_) => Some("raise the limit of processes for this user".into()),
         }
     }

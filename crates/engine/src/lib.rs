@@ -12,16 +12,22 @@
 #![forbid(unsafe_code)]
 
 mod backend;
+pub mod bench;
 mod blocks;
 mod error;
 #[cfg(test)]
 mod fake;
 mod forward;
+mod memory;
+mod plan;
 mod sampler;
 mod scheduler;
 mod stop;
 mod vocab;
 
+pub use ashlar_model::KvType;
 pub use backend::{EngineConfig, LocalBackend};
 pub use error::EngineError;
-pub use vocab::vocab;
+pub use memory::MemorySource;
+pub use plan::MemoryPlan;
+pub use vocab::{folder, tokenizer, vocab};

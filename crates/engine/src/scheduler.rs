@@ -1,59 +1,74 @@
 //! Which tokens run in the next step, and whose blocks they use.
 //!
-//! Each step: take new jobs, drop those nobody waits for, admit the oldest
-//! waiting ones that fit, give every running sequence its next token or a chunk
-//! of its prompt, sample. Out of blocks, the youngest running sequence gives
-//! its up and is recomputed later; the oldest therefore always gets on, and a
-//! job that fits the pool alone always ends.
+//! Each step: take new jobs, drop those nobody waits for, admit waiting ones
+//! that fit in the order of `queue`, give every running sequence its next token
+//! or a chunk of its prompt, sample. Out of blocks, the running sequence of the
+//! last rank gives its up and is recomputed later.
+//!
+//! What is promised to a request past the door: it fits the pool alone, so it
+//! ends; its memory is there, since pool, buffers and queue are allotted before
+//! the first one is served; it starts after a bounded number of others (see
+//! `queue`); a next token waits for one step of at most `batch + prefill`
+//! tokens. Not promised: that it runs without being recomputed, for blocks of
+//! answers that may end early are not set aside.
 //!
 //! What may not happen: reading a block before it was written by the same
-//! prefix (blocks are published only after the step that filled them), or a
-//! sequence ending without its blocks going back.
+//! prefix (blocks are published only after the step that filled them), a
+//! sequence ending without its blocks going back, or one request's failure
+//! ending the service of those outside its step.
+//!
+//! Rejected: setting `max_tokens` of every request aside at admission. Most
+//! answers end long before, and the pool would stand half empty.
+//! Rejected: letting small requests pass one that does not fit. Large ones
+//! would then wait for as long as small ones come.
+
+mod door;
+mod queue;
+mod seq;
+
+use door::Ticket;
+pub(crate) use door::{Room, Shared};
 
 use crate::{
-    blocks::{Blocks, chain},
+    blocks::Blocks,
     forward::Forward,
     sampler::{self, Choice, Sampler, Scratch},
     stop::Stops,
 };
-use ashlar_api::{ApiError, BackendStats, Event, Finish, Score, Timings, Usage};
+use ashlar_api::{ApiError, BackendStats, Event, Finish, Score};
 use ashlar_core::Digest;
 use ashlar_model::{BLOCK, Item, Want};
 use ashlar_text::StreamDecoder;
+use queue::Queue;
+use seq::{Leader, Seq, count};
 use std::{
-    collections::VecDeque,
+    any::Any,
+    collections::HashMap,
+    ops::ControlFlow,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        Arc,
         mpsc::{Receiver, TryRecvError},
     },
     time::Instant,
 };
 use tokio::sync::{mpsc::UnboundedSender, oneshot};
 
-/// Rows of logits a score asks for in one step; each is a whole vocabulary.
-const SCORE_ROWS: usize = 32;
-
-/// What clients and the scheduler both see.
-#[derive(Default)]
-pub(crate) struct Shared {
-    /// Jobs sent and not yet admitted.
-    pub(crate) queued: AtomicUsize,
-    pub(crate) stats: Mutex<BackendStats>,
-}
-
-impl Shared {
-    /// The statistics; they stay readable after a panic elsewhere.
-    pub(crate) fn stats(&self) -> std::sync::MutexGuard<'_, BackendStats> {
-        self.stats.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+/// Rows of logits that scores ask for in one step; each is a whole vocabulary.
+pub(crate) const SCORE_ROWS: usize = 32;
+/// Steps that may panic one after the other; then the fault is not a request's.
+const MAX_PANICS: u32 = 3;
 
 /// A request as it enters: checked, tokenized, and sure to fit the pool.
 pub(crate) struct Job {
     /// The prompt, or context and continuation.
     pub(crate) tokens: Vec<u32>,
     pub(crate) work: Work,
+    /// Lower goes sooner.
+    pub(crate) priority: i32,
+    /// Whose turn it takes.
+    pub(crate) user: Option<Digest>,
+    pub(crate) ticket: Ticket,
     pub(crate) sent: Instant,
 }
 
@@ -88,22 +103,6 @@ pub(crate) struct Limits {
     pub(crate) prefill: usize,
 }
 
-struct Seq {
-    work: Work,
-    tokens: Vec<u32>,
-    prompt: usize,
-    /// Tokens whose keys and values are in `blocks`.
-    computed: usize,
-    blocks: Vec<u32>,
-    /// Chained digests of the full blocks of `tokens`.
-    keys: Vec<Digest>,
-    /// Of the prompt, found in the prefix cache at first admission.
-    cached: usize,
-    sent: Instant,
-    started: Option<Instant>,
-    first: Option<Instant>,
-}
-
 /// One sequence's part of a step.
 struct Part {
     seq: usize,
@@ -117,164 +116,29 @@ enum Outcome {
     Scored(f64, bool),
 }
 
-impl Seq {
-    fn new(job: Job) -> Self {
-        Self {
-            prompt: job.tokens.len(),
-            tokens: job.tokens,
-            work: job.work,
-            computed: 0,
-            blocks: Vec::new(),
-            keys: Vec::new(),
-            cached: 0,
-            sent: job.sent,
-            started: None,
-            first: None,
-        }
-    }
-
-    /// Tokens to compute before the sequence can go on: a score never reads
-    /// past the token before its last.
-    fn target(&self) -> usize {
-        match self.work {
-            Work::Generate(_) => self.tokens.len(),
-            Work::Score(_) => self.tokens.len() - 1,
-        }
-    }
-
-    /// Tokens that may come from the prefix cache: at least one row must be
-    /// computed to have logits.
-    fn reusable(&self) -> usize {
-        match &self.work {
-            Work::Generate(_) => self.tokens.len() - 1,
-            Work::Score(s) => s.context - 1,
-        }
-    }
-
-    /// Forgets what was computed; what was generated stays.
-    fn restart(&mut self) {
-        self.computed = 0;
-        if let Work::Score(s) = &mut self.work {
-            (s.logprob, s.greedy) = (0.0, true);
-        }
-    }
-
-    fn abandoned(&self) -> bool {
-        match &self.work {
-            Work::Generate(g) => g.events.is_closed(),
-            Work::Score(s) => s.reply.as_ref().is_none_or(oneshot::Sender::is_closed),
-        }
-    }
-
-    fn extend_keys(&mut self) {
-        while (self.keys.len() + 1) * BLOCK <= self.tokens.len() {
-            let at = self.keys.len() * BLOCK;
-            let key = chain(self.keys.last(), &self.tokens[at..at + BLOCK]);
-            self.keys.push(key);
-        }
-    }
-
-    fn fail(&mut self, error: ApiError) {
-        // A send fails only when nobody listens any more.
-        match &mut self.work {
-            Work::Generate(g) => drop(g.events.send(Err(error))),
-            Work::Score(s) => {
-                if let Some(reply) = s.reply.take() {
-                    drop(reply.send(Err(error)));
-                }
-            }
-        }
-    }
-
-    fn usage(&self) -> Usage {
-        Usage::new(
-            count(self.prompt),
-            count(self.cached),
-            count(self.tokens.len() - self.prompt),
-        )
-    }
-
-    fn timings(&self) -> Timings {
-        let ms = |from: Instant, to: Option<Instant>| {
-            to.map_or(0.0, |to| {
-                to.saturating_duration_since(from).as_secs_f64() * 1e3
-            })
-        };
-        let started = self.started.unwrap_or(self.sent);
-        Timings {
-            queue_ms: ms(self.sent, self.started),
-            prefill_ms: ms(started, self.first),
-            decode_ms: self.first.map_or(0.0, |f| ms(f, Some(Instant::now()))),
-        }
-    }
-
-    fn done(&self, finish: Finish) {
-        if let Work::Generate(g) = &self.work {
-            let event = Event::Done {
-                finish,
-                usage: self.usage(),
-                timings: self.timings(),
-            };
-            drop(g.events.send(Ok(event)));
-        }
-    }
-
-    /// Takes a chosen token; returns how the sequence ends, if it does.
-    fn accept(&mut self, choice: Choice, ends: &[u32]) -> Option<Finish> {
-        let Work::Generate(g) = &mut self.work else {
-            return None;
-        };
-        self.first.get_or_insert_with(Instant::now);
-        self.tokens.push(choice.token);
-        let ended = ends.contains(&choice.token);
-        let full = self.tokens.len() - self.prompt >= g.max_tokens;
-        let piece = if ended {
-            None
-        } else {
-            g.decoder.push(choice.token)
-        };
-        let (mut text, mut stopped) = g.stops.push(&piece.unwrap_or_default());
-        if !stopped && (ended || full) {
-            // The last bytes may complete a stop string too.
-            let (rest, hit) = g.stops.push(&g.decoder.finish().unwrap_or_default());
-            text.push_str(&rest);
-            stopped = hit;
-            if !hit {
-                text.push_str(&g.stops.finish());
-            }
-        }
-        if !text.is_empty() || (g.every_token && !ended) {
-            drop(g.events.send(Ok(Event::Token {
-                text,
-                id: choice.token,
-                logprob: choice.logprob,
-            })));
-        }
-        match (stopped || ended, full) {
-            (true, _) => Some(Finish::Stop),
-            (false, true) => Some(Finish::Length),
-            (false, false) => None,
-        }
-    }
+/// Why a step failed.
+enum Failure {
+    /// The model refused it; nothing was written.
+    Refused(String),
+    /// A bug, in the model or in choosing a token.
+    Panicked(String),
 }
 
-fn count(n: usize) -> u32 {
-    u32::try_from(n).unwrap_or(u32::MAX)
-}
-
-/// Everything in flight. Waiting and running are both ordered by age, and
-/// whoever runs is older than whoever waits.
+/// Everything in flight.
 pub(crate) struct Scheduler<F> {
     forward: F,
     blocks: Blocks,
     limits: Limits,
     /// Tokens that end an answer.
     ends: Vec<u32>,
-    waiting: VecDeque<Seq>,
+    waiting: Queue,
+    /// In the order of their ranks.
     running: Vec<Seq>,
     scratch: Scratch,
     shared: Arc<Shared>,
     stats: BackendStats,
+    /// Panicked steps since the last good one.
+    panics: u32,
 }
 
 impl<F: Forward> Scheduler<F> {
@@ -290,18 +154,19 @@ impl<F: Forward> Scheduler<F> {
             blocks: Blocks::new(blocks),
             limits,
             ends,
-            waiting: VecDeque::new(),
+            waiting: Queue::default(),
             running: Vec::new(),
             scratch: Scratch::default(),
             shared,
             stats: BackendStats::default(),
+            panics: 0,
         };
         s.report();
         s
     }
 
-    /// Works until every sender of `jobs` is gone; what is then in flight ends
-    /// as cancelled.
+    /// Works until every sender of `jobs` is gone, whereupon what is in flight
+    /// ends as cancelled, or until the model cannot be used any more.
     pub(crate) fn run(mut self, jobs: &Receiver<Job>) {
         loop {
             if self.idle() {
@@ -317,12 +182,14 @@ impl<F: Forward> Scheduler<F> {
                     Err(TryRecvError::Disconnected) => return self.stop(),
                 }
             }
-            self.step();
+            if self.step().is_break() {
+                return self.give_up();
+            }
         }
     }
 
     fn stop(mut self) {
-        for seq in self.running.iter_mut().chain(&mut self.waiting) {
+        for seq in self.running.iter_mut().chain(self.waiting.iter_mut()) {
             match seq.work {
                 Work::Generate(_) => seq.done(Finish::Cancelled),
                 Work::Score(_) => seq.fail(ApiError::unavailable("the engine is stopping")),
@@ -330,15 +197,24 @@ impl<F: Forward> Scheduler<F> {
         }
     }
 
+    fn give_up(mut self) {
+        let why = self.stats.unhealthy.clone().unwrap_or_default();
+        for seq in self.running.iter_mut().chain(self.waiting.iter_mut()) {
+            seq.fail(ApiError::unavailable(&why));
+        }
+    }
+
     pub(crate) fn idle(&self) -> bool {
-        self.running.is_empty() && self.waiting.is_empty()
+        self.running.is_empty() && self.waiting.len() == 0
     }
 
     pub(crate) fn push(&mut self, job: Job) {
-        self.waiting.push_back(Seq::new(job));
+        let (account, arrival) = self.waiting.register(job.user);
+        self.waiting.push(Seq::new(job, account, arrival));
     }
 
-    pub(crate) fn step(&mut self) {
+    /// Does one step; breaks when the model cannot be used any more.
+    pub(crate) fn step(&mut self) -> ControlFlow<()> {
         self.drop_abandoned();
         self.admit();
         self.grow();
@@ -346,10 +222,15 @@ impl<F: Forward> Scheduler<F> {
         if !parts.is_empty() {
             match self.compute(&parts) {
                 Ok(outcomes) => self.settle(&parts, outcomes),
-                Err(error) => self.fail(&parts, &error),
+                Err(failure) => self.fail(&parts, failure),
             }
         }
+        let broken = self.panics >= MAX_PANICS;
         self.report();
+        match broken {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
     }
 
     fn drop_abandoned(&mut self) {
@@ -362,37 +243,48 @@ impl<F: Forward> Scheduler<F> {
             }
             !abandoned
         });
-        let shared = &self.shared;
-        self.waiting.retain(|s| {
-            let abandoned = s.abandoned();
-            if abandoned {
-                gone += 1;
-                if s.started.is_none() {
-                    shared.queued.fetch_sub(1, Ordering::Relaxed);
-                }
-            }
-            !abandoned
-        });
-        self.stats.cancelled += gone;
+        let before = self.waiting.len();
+        self.waiting.retain(|s| !s.abandoned());
+        self.stats.cancelled += gone + (before - self.waiting.len()) as u64;
     }
 
     fn admit(&mut self) {
+        let computed: HashMap<u64, usize> = self
+            .running
+            .iter()
+            .map(|s| (s.arrival, s.computed))
+            .collect();
+        for seq in self.waiting.iter_mut() {
+            // A leader that is done, or that gave its blocks up, holds no one.
+            seq.leader = seq.leader.filter(|l| {
+                computed
+                    .get(&l.arrival)
+                    .is_some_and(|&done| done < l.tokens)
+            });
+        }
         while self.running.len() < self.limits.batch
-            && let Some(mut seq) = self.waiting.pop_front()
+            && let Some(mut seq) = self.waiting.next()
         {
-            seq.extend_keys();
-            let reusable = (seq.reusable() / BLOCK).min(seq.keys.len());
+            let reusable = seq.reusable();
             seq.blocks = self.blocks.find(&seq.keys[..reusable]);
-            let missing = seq.target().div_ceil(BLOCK) - seq.blocks.len();
+            seq.leader = self.leader(&seq, seq.blocks.len(), reusable);
+            if seq.leader.is_some() {
+                self.blocks.release(&mut seq.blocks);
+                self.stats.prefix_waits += 1;
+                self.waiting.push(seq);
+                continue;
+            }
+            let need = seq.target().div_ceil(BLOCK);
             // Room for the running ones to grow by a block each, so that a new
             // one does not push out another at once.
-            if missing + self.running.len() > self.blocks.free() {
+            if need - seq.blocks.len() + self.running.len() > self.blocks.free() {
                 self.blocks.release(&mut seq.blocks);
-                self.waiting.push_front(seq);
+                self.waiting.push(seq);
                 return;
             }
-            seq.computed = seq.blocks.len() * BLOCK;
-            while seq.blocks.len() < seq.target().div_ceil(BLOCK)
+            self.waiting.admitted(&seq);
+            seq.admitted();
+            while seq.blocks.len() < need
                 && let Some(id) = self.blocks.take()
             {
                 seq.blocks.push(id);
@@ -404,9 +296,27 @@ impl<F: Forward> Scheduler<F> {
         }
     }
 
+    /// The running request that is about to compute more of this one's prefix
+    /// than the `known` blocks: waiting for it costs nothing, since it is
+    /// before this one in rank and so computes first.
+    fn leader(&self, seq: &Seq, known: usize, reusable: usize) -> Option<Leader> {
+        let ahead = self.running.iter().filter(|r| r.rank() < seq.rank());
+        let shares = ahead.map(|r| {
+            let blocks = r.common(seq).min(reusable).min(r.target() / BLOCK);
+            (blocks, r)
+        });
+        let (blocks, leader) = shares
+            .filter(|&(blocks, r)| blocks > known && r.computed < blocks * BLOCK)
+            .max_by_key(|&(blocks, _)| blocks)?;
+        Some(Leader {
+            arrival: leader.arrival,
+            tokens: blocks * BLOCK,
+        })
+    }
+
     /// What happens at first admission alone.
     fn start(&mut self, seq: &mut Seq) {
-        self.shared.queued.fetch_sub(1, Ordering::Relaxed);
+        seq.ticket = None;
         seq.started = Some(Instant::now());
         seq.cached = seq.computed;
         self.stats.prompt_tokens += seq.prompt as u64;
@@ -421,9 +331,10 @@ impl<F: Forward> Scheduler<F> {
         }
     }
 
-    /// Gives each running sequence the block its next token needs, oldest
+    /// Gives each running sequence the block its next token needs, first ranks
     /// first.
     fn grow(&mut self) {
+        self.running.sort_by_key(Seq::rank);
         let mut i = 0;
         while i < self.running.len() {
             let seq = &mut self.running[i];
@@ -431,17 +342,17 @@ impl<F: Forward> Scheduler<F> {
                 i += 1;
             } else if let Some(id) = self.blocks.take() {
                 seq.blocks.push(id);
-            } else if let Some(mut youngest) = self.running.pop() {
-                self.blocks.release(&mut youngest.blocks);
-                youngest.restart();
+            } else if let Some(mut last) = self.running.pop() {
+                self.blocks.release(&mut last.blocks);
+                last.restart();
                 self.stats.preemptions += 1;
-                self.waiting.push_front(youngest);
+                self.waiting.push(last);
             }
         }
     }
 
     fn plan(&self) -> Vec<Part> {
-        let mut budget = self.limits.prefill;
+        let (mut budget, mut scores) = (self.limits.prefill, SCORE_ROWS);
         let mut parts = Vec::with_capacity(self.running.len());
         for (i, seq) in self.running.iter().enumerate() {
             let left = seq.target() - seq.computed;
@@ -453,12 +364,15 @@ impl<F: Forward> Scheduler<F> {
                 Work::Score(s) if seq.computed + 1 < s.context => {
                     ((s.context - 1 - seq.computed).min(budget), Want::None)
                 }
-                Work::Score(_) => (left.min(budget).min(SCORE_ROWS), Want::All),
+                Work::Score(_) => (left.min(budget).min(scores), Want::All),
             };
             if len == 0 {
                 continue;
             }
-            if left > 1 {
+            if want == Want::All {
+                scores -= len;
+            }
+            if left > 1 || want == Want::All {
                 budget -= len;
             }
             parts.push(Part { seq: i, len, want });
@@ -468,7 +382,7 @@ impl<F: Forward> Scheduler<F> {
 
     /// Runs the parts; the outcomes are those of the wanted rows in order, each
     /// with the index of its part.
-    fn compute(&mut self, parts: &[Part]) -> Result<Vec<(usize, Outcome)>, String> {
+    fn compute(&mut self, parts: &[Part]) -> Result<Vec<(usize, Outcome)>, Failure> {
         let (running, scratch) = (&self.running, &mut self.scratch);
         let mut rows = Vec::new();
         let mut items = Vec::with_capacity(parts.len());
@@ -489,48 +403,55 @@ impl<F: Forward> Scheduler<F> {
         }
         let mut outcomes = Vec::with_capacity(rows.len());
         let vocab = self.forward.vocab();
-        self.forward
-            .forward(&items, &mut |i, row| {
+        let forward = &mut self.forward;
+        // After a panic the blocks of this step hold anything; they are given
+        // back unpublished, so that nobody reads them before they are written.
+        // Everything else that was borrowed is overwritten at its next use.
+        let run = catch_unwind(AssertUnwindSafe(|| {
+            forward.forward(&items, &mut |i, row| {
                 let Some(&(p, next)) = rows.get(i) else {
                     return;
                 };
                 debug_assert_eq!(row.len(), vocab);
                 let seq = &running[parts[p].seq];
-                outcomes.push((
-                    p,
-                    match &seq.work {
-                        Work::Generate(g) => Outcome::Sampled(g.sampler.choose(
-                            row,
-                            &seq.tokens,
-                            seq.prompt,
-                            scratch,
-                        )),
-                        Work::Score(_) => {
-                            let token = seq.tokens[next];
-                            let likeliest = sampler::argmax(row).map(|(id, _)| id);
-                            Outcome::Scored(sampler::logprob(row, token), likeliest == Some(token))
-                        }
-                    },
-                ));
+                let outcome = match &seq.work {
+                    Work::Generate(g) => {
+                        Outcome::Sampled(g.sampler.choose(row, &seq.tokens, seq.prompt, scratch))
+                    }
+                    Work::Score(_) => {
+                        let token = seq.tokens[next];
+                        let likeliest = sampler::argmax(row).map(|(id, _)| id);
+                        Outcome::Scored(sampler::logprob(row, token), likeliest == Some(token))
+                    }
+                };
+                outcomes.push((p, outcome));
             })
-            .map_err(|e| format!("the model failed: {e}"))?;
+        }));
+        match run {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) => return Err(Failure::Refused(format!("the model failed: {e}"))),
+            Err(panic) => return Err(Failure::Panicked(message(&*panic).to_owned())),
+        }
         if outcomes.len() != rows.len() {
-            return Err(format!(
+            return Err(Failure::Refused(format!(
                 "the model gave {} rows of logits, {} were wanted",
                 outcomes.len(),
                 rows.len()
-            ));
+            )));
         }
         Ok(outcomes)
     }
 
     fn settle(&mut self, parts: &[Part], outcomes: Vec<(usize, Outcome)>) {
+        self.panics = 0;
         self.stats.steps += 1;
+        self.stats
+            .iteration_tokens
+            .observe(parts.iter().map(|p| p.len as u64).sum());
         for part in parts {
             let seq = &mut self.running[part.seq];
             let full = seq.computed / BLOCK;
-            seq.computed += part.len;
-            seq.extend_keys();
+            seq.advance(part.len);
             for b in full..seq.computed / BLOCK {
                 self.blocks.publish(seq.blocks[b], seq.keys[b]);
             }
@@ -542,14 +463,26 @@ impl<F: Forward> Scheduler<F> {
             match outcome {
                 Outcome::Sampled(None) => {
                     seq.fail(ApiError::internal("the model gave no finite logit"));
+                    self.stats.failed += 1;
                     over[i] = true;
                 }
                 Outcome::Sampled(Some(choice)) => {
                     self.stats.generated_tokens += 1;
-                    if let Some(finish) = seq.accept(choice, &self.ends) {
-                        seq.done(finish);
-                        self.stats.finished += 1;
-                        over[i] = true;
+                    // A bug in turning one's tokens into text is no one else's.
+                    let ends = &self.ends;
+                    match catch_unwind(AssertUnwindSafe(|| seq.accept(choice, ends))) {
+                        Ok(None) => {}
+                        Ok(Some(finish)) => {
+                            seq.done(finish);
+                            self.stats.finished += 1;
+                            over[i] = true;
+                        }
+                        Err(panic) => {
+                            let why = format!("decoding a token failed: {}", message(&*panic));
+                            seq.fail(ApiError::internal(why));
+                            self.stats.failed += 1;
+                            over[i] = true;
+                        }
                     }
                 }
                 Outcome::Scored(logprob, likeliest) => {
@@ -578,10 +511,25 @@ impl<F: Forward> Scheduler<F> {
         self.remove(&over);
     }
 
-    fn fail(&mut self, parts: &[Part], why: &str) {
+    /// Ends the requests of a failed step; their blocks go back unpublished.
+    fn fail(&mut self, parts: &[Part], failure: Failure) {
+        let why = match failure {
+            Failure::Refused(why) => why,
+            Failure::Panicked(why) => {
+                self.panics += 1;
+                self.stats.panics += 1;
+                if self.panics >= MAX_PANICS {
+                    self.stats.unhealthy = Some(format!(
+                        "{MAX_PANICS} steps in a row panicked, the last: {why}"
+                    ));
+                }
+                format!("a bug ended this step of the engine: {why}")
+            }
+        };
         let mut over = vec![false; self.running.len()];
         for part in parts {
-            self.running[part.seq].fail(ApiError::internal(why));
+            self.running[part.seq].fail(ApiError::internal(&why));
+            self.stats.failed += 1;
             over[part.seq] = true;
         }
         self.remove(&over);
@@ -607,6 +555,15 @@ impl<F: Forward> Scheduler<F> {
         self.stats.blocks_cached = count(self.blocks.cached());
         *self.shared.stats() = self.stats.clone();
     }
+}
+
+/// The words of a panic.
+pub(crate) fn message(panic: &(dyn Any + Send)) -> &str {
+    panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("a panic without a message")
 }
 
 #[cfg(test)]

@@ -4,9 +4,21 @@
 use ashlar_api::{
     Backend, ChatMessage, ChatRequest, CompletionRequest, Event, EventStream, Finish, Prompt,
 };
-use ashlar_engine::{EngineConfig, LocalBackend};
+use ashlar_engine::{EngineConfig, EngineError, LocalBackend, MemoryPlan, vocab};
+use ashlar_model::{Model, Pool, formats::Gguf};
 use futures::{StreamExt, executor::block_on, future::join_all};
-use std::{path::PathBuf, time::Instant};
+use proptest::{
+    prelude::*,
+    test_runner::{RngAlgorithm, TestRng, TestRunner},
+};
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 fn model() -> Option<PathBuf> {
     let path = std::env::var_os("ASHLAR_TEST_MODEL").map_or_else(
@@ -38,7 +50,7 @@ fn open(config: EngineConfig) -> Option<LocalBackend> {
     Some(LocalBackend::open("m", &model()?, config).unwrap())
 }
 
-fn ask(content: &str, max_tokens: u32) -> ChatRequest {
+fn ask_for(content: &str, max_tokens: u32) -> ChatRequest {
     ChatRequest {
         temperature: Some(0.0),
         max_tokens: Some(max_tokens),
@@ -66,14 +78,14 @@ fn it_knows_the_capital_of_france() {
     let Some(b) = open(EngineConfig::default()) else {
         return;
     };
-    let (answer, finish, ..) = block_on(async {
-        text(
-            b.chat(ask("What is the capital of France?", 40))
-                .await
-                .unwrap(),
-        )
-        .await
-    });
+    // A continuation it is sure of: which of two close answers a chat gets turns
+    // on the last bits of int8 activations.
+    let request = CompletionRequest {
+        temperature: Some(0.0),
+        max_tokens: Some(12),
+        ..CompletionRequest::new("m", "The capital of France is")
+    };
+    let (answer, finish, ..) = block_on(async { text(b.complete(request).await.unwrap()).await });
     eprintln!("{answer:?} {finish:?}");
     assert!(answer.contains("Paris"), "{answer:?}");
     let (paris, rome) = block_on(async {
@@ -104,7 +116,7 @@ fn company_changes_nothing() {
         })
         .collect();
     let Some(b) = open(EngineConfig {
-        kv_blocks: 64,
+        kv_blocks: Some(64),
         max_batch: 1,
         ..EngineConfig::default()
     }) else {
@@ -117,7 +129,7 @@ fn company_changes_nothing() {
         .collect();
     drop(b);
     let tight = EngineConfig {
-        kv_blocks: 10,
+        kv_blocks: Some(10),
         max_batch: 6,
         max_prefill: 17,
         ..EngineConfig::default()
@@ -137,6 +149,288 @@ fn company_changes_nothing() {
         assert_eq!(alone, (text, finish, n));
     }
     assert!(stats.prefix_hits > 0, "no prefix was reused");
+}
+
+/// A request of the random schedules.
+#[derive(Debug, Clone)]
+struct Ask {
+    request: CompletionRequest,
+    /// Before it is sent, after the one before.
+    pause_ms: u64,
+    /// Events after which its client vanishes.
+    leaves: Option<usize>,
+}
+
+fn ask() -> impl Strategy<Value = Ask> {
+    let shape = (0u32..2, 1usize..120, 0u32..3, 1u32..60);
+    let sampling = (prop_oneof![Just(0f32), Just(0.8)], any::<i64>());
+    let turn = (
+        prop_oneof![Just(None), (-2i32..3).prop_map(Some)],
+        prop::option::of("[ab]"),
+        0u64..20,
+        prop_oneof![3 => Just(None), 1 => (0usize..12).prop_map(Some)],
+    );
+    (shape, sampling, turn).prop_map(
+        |(
+            (family, prompt, tail, max_tokens),
+            (temperature, seed),
+            (priority, user, pause_ms, leaves),
+        )| {
+            let tokens = (0..prompt as u32).map(|i| {
+                let own = if i as usize + 3 >= prompt {
+                    tail * 97
+                } else {
+                    0
+                };
+                1000 + (family * 7919 + i * 631 + own) % 40_000
+            });
+            let request = CompletionRequest {
+                prompt: Prompt::Tokens(tokens.collect()),
+                temperature: Some(temperature),
+                seed: Some(seed),
+                max_tokens: Some(max_tokens),
+                logprobs: true,
+                priority,
+                user,
+                ..CompletionRequest::new("m", "")
+            };
+            Ask {
+                request,
+                pause_ms,
+                leaves,
+            }
+        },
+    )
+}
+
+/// What a client saw: tokens with the bits of their log-probabilities, which
+/// are made of every logit of their row.
+#[derive(Debug, Clone, PartialEq, Default)]
+struct Seen {
+    text: String,
+    tokens: Vec<(u32, u32)>,
+    finish: Option<Finish>,
+}
+
+async fn watch(mut stream: EventStream, leaves: Option<usize>) -> Seen {
+    let mut seen = Seen::default();
+    for _ in 0..leaves.unwrap_or(usize::MAX) {
+        match stream.next().await.unwrap().unwrap() {
+            Event::Started { .. } => {}
+            Event::Token { text, id, logprob } => {
+                seen.text.push_str(&text);
+                seen.tokens.push((id, logprob.unwrap().to_bits()));
+            }
+            Event::Done { finish, .. } => {
+                seen.finish = Some(finish);
+                break;
+            }
+        }
+    }
+    seen
+}
+
+/// Any company, order of arrival, chunk size, number of threads, prefix hits,
+/// preemption, priorities: bit for bit what one thread says alone.
+#[test]
+fn random_schedules_change_no_bit() {
+    let Some(path) = model() else { return };
+    let bytes = std::fs::read(path).unwrap();
+    let gguf = Gguf::parse(&bytes).unwrap();
+    let (tokenizer, template) = vocab(&gguf).unwrap();
+    let load = |threads| Arc::new(Model::from_gguf(&gguf, Pool::new(threads)).unwrap());
+    let models = [load(1), load(2), load(5)];
+    let serve = |model: &Arc<Model>, config| {
+        LocalBackend::new(
+            "m",
+            Arc::clone(model),
+            tokenizer.clone(),
+            template.clone(),
+            config,
+        )
+        .unwrap()
+    };
+    let config = ProptestConfig {
+        cases: 10,
+        failure_persistence: None,
+        ..Default::default()
+    };
+    let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
+    let strategy = (
+        prop::collection::vec(ask(), 3..9),
+        6usize..10,
+        2usize..8,
+        prop_oneof![1usize..20, 20usize..300],
+        0usize..3,
+    );
+    let counts = [const { AtomicU64::new(0) }; 4];
+    TestRunner::new_with_rng(config, rng)
+        .run(&strategy, |(asks, blocks, batch, prefill, threads)| {
+            let alone: Vec<Seen> = asks
+                .iter()
+                .map(|a| {
+                    // A new engine for each, so that no prefix is known.
+                    let one = EngineConfig {
+                        max_batch: 1,
+                        max_prefill: 512,
+                        kv_blocks: Some(8),
+                        ..EngineConfig::default()
+                    };
+                    let b = serve(&models[0], one);
+                    block_on(async {
+                        watch(b.complete(a.request.clone()).await.unwrap(), None).await
+                    })
+                })
+                .collect();
+            let b = serve(
+                &models[threads],
+                EngineConfig {
+                    kv_blocks: Some(blocks),
+                    max_batch: batch,
+                    max_prefill: prefill,
+                    ..EngineConfig::default()
+                },
+            );
+            let mixed: Vec<Seen> = std::thread::scope(|scope| {
+                let mut clients = Vec::new();
+                for a in &asks {
+                    std::thread::sleep(Duration::from_millis(a.pause_ms));
+                    let b = &b;
+                    clients.push(scope.spawn(move || {
+                        block_on(async {
+                            watch(b.complete(a.request.clone()).await.unwrap(), a.leaves).await
+                        })
+                    }));
+                }
+                clients.into_iter().map(|c| c.join().unwrap()).collect()
+            });
+            for ((a, alone), mixed) in asks.iter().zip(&alone).zip(&mixed) {
+                prop_assert!(alone.finish.is_some());
+                if a.leaves.is_none() || mixed.finish.is_some() {
+                    prop_assert_eq!(alone, mixed);
+                } else {
+                    prop_assert!(alone.tokens.starts_with(&mixed.tokens));
+                }
+            }
+            let s = b.stats();
+            for (count, n) in
+                counts
+                    .iter()
+                    .zip([s.prefix_hits, s.preemptions, s.cancelled, s.prefix_waits])
+            {
+                count.fetch_add(n, Ordering::Relaxed);
+            }
+            Ok(())
+        })
+        .unwrap();
+    let [hits, preemptions, cancelled, waits] = counts.map(AtomicU64::into_inner);
+    eprintln!(
+        "{hits} prefix hits, {preemptions} preemptions, {cancelled} cancelled, {waits} waited for a prefix"
+    );
+    assert!(
+        hits > 0 && preemptions > 0 && cancelled > 0,
+        "the schedules were too tame"
+    );
+}
+
+#[test]
+fn a_file_cut_short_under_a_server_changes_nothing() {
+    let Some(path) = model() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let copy = dir.path().join("model.gguf");
+    std::fs::copy(path, &copy).unwrap();
+    let b = LocalBackend::open("m", &copy, EngineConfig::default()).unwrap();
+    let run = || {
+        block_on(async {
+            text(b.chat(ask_for("Name a city.", 12)).await.unwrap())
+                .await
+                .0
+        })
+    };
+    let before = run();
+    std::fs::File::create(&copy).unwrap();
+    assert_eq!(std::fs::metadata(&copy).unwrap().len(), 0);
+    assert_eq!(run(), before);
+    let e = LocalBackend::open("m", &copy, EngineConfig::default())
+        .err()
+        .unwrap();
+    assert!(matches!(e, EngineError::Format(_)), "{e}");
+}
+
+#[test]
+fn memory_is_planned_and_the_plan_is_kept() {
+    let Some(path) = model() else { return };
+    let open = |config| LocalBackend::open("m", &path, config);
+    let b = open(EngineConfig::default()).unwrap();
+    eprintln!("{}", b.plan());
+    assert!(b.plan().total_bytes() <= b.plan().available_bytes.unwrap());
+    let tight = EngineConfig {
+        memory_bytes: Some(300_000_000),
+        ..EngineConfig::default()
+    };
+    let b = open(tight).unwrap();
+    let plan: &MemoryPlan = b.plan();
+    eprintln!("{plan}");
+    assert!(plan.total_bytes() <= 300_000_000 && plan.context < plan.model_context);
+    assert_eq!(b.models()[0].context as usize, plan.context);
+    assert_eq!(b.stats().blocks_total as usize, plan.kv_blocks);
+    // Longer than what fits: refused at the door with the numbers.
+    let ids = vec![7; plan.context + 1];
+    let long = CompletionRequest {
+        prompt: Prompt::Tokens(ids),
+        max_tokens: Some(1),
+        ..CompletionRequest::new("m", "")
+    };
+    let e = block_on(b.complete(long)).err().unwrap();
+    assert_eq!(
+        (e.status, e.code.as_deref()),
+        (400, Some("context_length_exceeded"))
+    );
+    assert!(
+        e.message.contains(&plan.context.to_string()),
+        "{}",
+        e.message
+    );
+    for (memory, file) in [(50_000_000, true), (120_000_000, false)] {
+        let e = open(EngineConfig {
+            memory_bytes: Some(memory),
+            ..tight
+        })
+        .err()
+        .unwrap();
+        eprintln!("{e}");
+        match e {
+            EngineError::FileMemory { .. } => assert!(file),
+            EngineError::Memory { .. } => assert!(!file),
+            other => panic!("{other}"),
+        }
+    }
+}
+
+#[test]
+fn more_threads_than_processors_give_the_same_answer() {
+    let answer = |threads| {
+        let config = EngineConfig {
+            threads: Some(threads),
+            ..EngineConfig::default()
+        };
+        let b = open(config)?;
+        assert_eq!(b.plan().threads, threads);
+        if b.plan().processors < threads {
+            assert!(
+                b.plan().to_string().contains("lower threads"),
+                "{}",
+                b.plan()
+            );
+        }
+        Some(block_on(async {
+            text(b.chat(ask_for("Name a river.", 16)).await.unwrap())
+                .await
+                .0
+        }))
+    };
+    let Some(one) = answer(1) else { return };
+    assert_eq!(answer(24).unwrap(), one);
 }
 
 #[test]

@@ -1,189 +1,725 @@
 //! Causal attention over a paged cache.
 //!
-//! A query head walks its sequence's blocks in ascending order with a running
-//! (maximum, sum, weighted values) triple (Milakov and Gimelshein 2018; Dao et
-//! al. 2022), always a block of 32 positions at a time. The steps depend on the
-//! position alone, so neither batching nor the cut of a prompt changes a bit.
+//! A query head walks the blocks of 32 positions it sees in ascending order with
+//! a running (maximum, sum, weighted values) triple (Milakov and Gimelshein 2018;
+//! Dao et al. 2022). Every [`SPLIT`] positions a new triple begins; triples are
+//! merged in ascending order. The steps depend on the position alone, so neither
+//! batching, nor the cut of a prompt, nor how many threads share a long context
+//! changes a bit. Query heads that share keys, and neighbouring rows, meet a
+//! block together, so that it is unpacked once.
 //!
-//! In a block, keys lie `[head_dim][32]` so that 32 scores build up side by side
-//! with no sum across lanes; values lie `[32][head_dim]`. Rejected for now:
-//! 16-bit caches, which halve the memory but need a conversion a read.
+//! Keys and values are kept as 16-bit floats or as int8 with a scale a position
+//! and head. With int8, scores are exact integers times scales; a block's weights
+//! (probability × value scale) become 8-bit codes of the block's largest.
+//!
+//! In a block, keys lie `[head_dim][32]` (int8: `[head_dim/4][32][4]`) so that 32
+//! scores build up side by side with no sum across lanes; values lie
+//! `[32][head_dim]` (int8: `[8][head_dim][4]`). Rejected: a mask matrix; the range
+//! of positions a row sees says it all.
 
-use crate::{Isa, Pool, isa::tiered, ops};
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+use crate::{Isa, Pool, isa::tiered, ops, packed::Bytes, pool::SendPtr};
+use half::{bf16, f16};
+use std::{cell::RefCell, ops::Range};
 
 /// Positions in a block.
 const BLOCK: usize = 32;
-/// The widest head; the running sum lives on the stack.
-const MAX_HEAD: usize = 256;
+/// Positions a triple runs over.
+const SPLIT: usize = 512;
+/// Query vectors that meet a block together, about.
+const TILE: usize = 48;
+
+/// How keys and values are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvType {
+    /// IEEE half precision.
+    #[default]
+    F16,
+    /// The upper half of `f32`.
+    BF16,
+    /// As computed.
+    F32,
+    /// Signed bytes with a scale for each position and head; heads a multiple
+    /// of four wide.
+    Int8,
+}
+
+impl KvType {
+    /// The name settings use.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
+            Self::F32 => "f32",
+            Self::Int8 => "int8",
+        }
+    }
+}
 
 /// Where one layer's keys and values lie.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvLayout {
     /// Query heads.
     pub heads: usize,
     /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Values a head, at most 256.
+    /// Values a head.
     pub head_dim: usize,
+    /// How they are kept.
+    pub dtype: KvType,
 }
 
 impl KvLayout {
-    /// Floats of one layer's keys (or values) in one block of 32 positions.
-    pub const fn block_len(&self) -> usize {
-        BLOCK * self.kv_heads * self.head_dim
+    /// Bytes of one head's keys in a block, or of its values.
+    const fn part_bytes(&self) -> usize {
+        match self.dtype {
+            KvType::F16 | KvType::BF16 => BLOCK * self.head_dim * 2,
+            KvType::F32 => BLOCK * self.head_dim * 4,
+            KvType::Int8 => BLOCK * self.head_dim + BLOCK * 4,
+        }
+    }
+
+    /// Bytes of one layer's keys and values in one block of 32 positions.
+    pub const fn block_bytes(&self) -> usize {
+        2 * self.kv_heads * self.part_bytes()
+    }
+
+    /// Where head `h`'s keys (or values) of a block begin.
+    const fn at(&self, block: u32, h: usize, values: bool) -> usize {
+        block as usize * self.block_bytes() + (2 * h + values as usize) * self.part_bytes()
     }
 }
 
-/// Writes one position's key and value rows (`kv_heads * head_dim`) to `slot`
-/// of block `block` of a layer.
-///
-/// # Panics
-/// When the block is beyond the cache or `slot` beyond the block.
-pub fn store_kv(
-    layout: &KvLayout,
-    keys: &mut [f32],
-    values: &mut [f32],
-    block: u32,
-    slot: usize,
-    key: &[f32],
-    value: &[f32],
-) {
-    assert!(slot < BLOCK, "slot {slot} of {BLOCK}");
-    let (len, dim) = (layout.block_len(), layout.head_dim);
-    let keys = &mut keys[block as usize * len..][..len];
-    let values = &mut values[block as usize * len..][..len];
-    for h in 0..layout.kv_heads {
-        let (to_k, to_v) = (&mut keys[h * BLOCK * dim..], &mut values[h * BLOCK * dim..]);
-        for (d, k) in key[h * dim..][..dim].iter().enumerate() {
-            to_k[d * BLOCK + slot] = *k;
-        }
-        to_v[slot * dim..][..dim].copy_from_slice(&value[h * dim..][..dim]);
+/// One layer's keys and values, in blocks of 32 positions.
+pub struct KvLayer {
+    layout: KvLayout,
+    data: Bytes,
+}
+
+impl std::fmt::Debug for KvLayer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "KvLayer({:?}, {} bytes)", self.layout, self.data.len())
     }
+}
+
+impl KvLayer {
+    /// Room for `blocks` blocks, all zero.
+    ///
+    /// # Panics
+    /// When the type is int8 and the heads are not a multiple of four wide.
+    pub fn new(layout: KvLayout, blocks: usize) -> Self {
+        let whole = layout.dtype != KvType::Int8 || layout.head_dim.is_multiple_of(4);
+        assert!(whole, "int8 heads of {}", layout.head_dim);
+        Self { layout, data: Bytes::zeroed(blocks * layout.block_bytes()) }
+    }
+
+    /// Writes the keys and values of some rows (`kv_heads * head_dim` each) to
+    /// the block and slot that `place` gives for each.
+    ///
+    /// # Panics
+    /// When a block is beyond the cache or a slot beyond the block.
+    pub fn store(
+        &mut self,
+        pool: &Pool,
+        keys: &[f32],
+        values: &[f32],
+        place: impl Fn(usize) -> (u32, usize) + Sync,
+    ) {
+        let layout = self.layout;
+        let (dim, width) = (layout.head_dim, layout.kv_heads * layout.head_dim);
+        let (len, base) = (self.data.len(), SendPtr(self.data.as_mut_ptr()));
+        let body = |task: usize, _: usize| {
+            let (h, is_value) = (task / 2, task % 2 == 1);
+            let rows = if is_value { values } else { keys };
+            for (i, row) in rows.chunks_exact(width).enumerate() {
+                let (block, slot) = place(i);
+                let (at, bytes) = (layout.at(block, h, is_value), layout.part_bytes());
+                assert!(slot < BLOCK && at + bytes <= len, "slot {slot} of block {block}");
+                // SAFETY: inside the data, and this task alone has this part of
+                // this head.
+                let part = unsafe { std::slice::from_raw_parts_mut(base.get().add(at), bytes) };
+                store_part(layout, is_value, part, slot, &row[h * dim..][..dim]);
+            }
+        };
+        // A few rows are written sooner than a thread wakes.
+        if keys.len() < 16 * width {
+            (0..2 * layout.kv_heads).for_each(|task| body(task, 0));
+        } else {
+            pool.run(2 * layout.kv_heads, body);
+        }
+    }
+}
+
+/// Writes one position of one head's keys or values.
+fn store_part(layout: KvLayout, is_value: bool, part: &mut [u8], slot: usize, row: &[f32]) {
+    let dim = layout.head_dim;
+    let index = |d: usize| if is_value { slot * dim + d } else { d * BLOCK + slot };
+    match layout.dtype {
+        KvType::F16 => row.iter().enumerate().for_each(|(d, v)| {
+            // A finite value stays one: an infinity times a weight of 0 would not be 0.
+            let v = f16::from_f32(v.clamp(-65504.0, 65504.0));
+            part[index(d) * 2..][..2].copy_from_slice(&v.to_le_bytes());
+        }),
+        KvType::BF16 => row.iter().enumerate().for_each(|(d, v)| {
+            part[index(d) * 2..][..2].copy_from_slice(&bf16::from_f32(*v).to_le_bytes());
+        }),
+        KvType::F32 => row.iter().enumerate().for_each(|(d, v)| {
+            part[index(d) * 4..][..4].copy_from_slice(&v.to_le_bytes());
+        }),
+        KvType::Int8 => {
+            let (codes, scales) = part.split_at_mut(BLOCK * dim);
+            let scale = quantize(row, |d, code| {
+                let at = if is_value { (slot / 4 * dim + d) * 4 + slot % 4 } else { (d / 4 * BLOCK + slot) * 4 + d % 4 };
+                // Keys are kept unsigned, as the byte dot product wants one side.
+                codes[at] = code as u8 ^ if is_value { 0 } else { 0x80 };
+            });
+            scales[slot * 4..][..4].copy_from_slice(&scale.to_le_bytes());
+        }
+    }
+}
+
+/// Hands over the int8 codes of a row; the value of a code of 1.
+#[inline(always)]
+fn quantize(row: &[f32], mut put: impl FnMut(usize, i8)) -> f32 {
+    let top = row.iter().fold(0f32, |a, v| if v.abs() > a { v.abs() } else { a });
+    let inverse = if top > 0.0 { 127.0 / top } else { 0.0 };
+    for (d, v) in row.iter().enumerate() {
+        // Adding 1.5·2²³ rounds to an integer, ties to even, in the low bits.
+        let code = (v * inverse + 12_582_912.0).to_bits() as i32 - 0x4B40_0000;
+        put(d, code.clamp(-127, 127) as i8);
+    }
+    top / 127.0
+}
+
+/// What attention does to scores, and which positions a row sees.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AttentionSpec {
+    /// Multiplies each score.
+    pub scale: f32,
+    /// How many positions a row sees at most, its own included.
+    pub window: Option<usize>,
+    /// Scores become `cap * tanh(score / cap)`.
+    pub softcap: Option<f32>,
+    /// Per query head, added to a score for each position that the key lies
+    /// behind, negative (ALiBi, Press et al. 2022).
+    pub alibi: Option<Vec<f32>>,
+}
+
+impl AttentionSpec {
+    /// Plain causal attention scaled by `1/sqrt(head_dim)`.
+    pub fn causal(head_dim: usize) -> Self {
+        Self { scale: 1.0 / (head_dim as f32).sqrt(), window: None, softcap: None, alibi: None }
+    }
+}
+
+/// The running triple of one query vector; its weighted values lie beside.
+#[derive(Debug, Clone, Copy)]
+struct Triple {
+    top: f32,
+    total: f32,
+}
+
+const EMPTY: Triple = Triple { top: f32::NEG_INFINITY, total: 0.0 };
+
+/// One query vector of a tile.
+#[derive(Debug, Clone, Copy)]
+struct Vector {
+    row: usize,
+    head: usize,
+    /// Positions it sees.
+    sees: (usize, usize),
+    /// Int8: value of a code of 1, times the spec's scale; and the sum of codes.
+    scale: f32,
+    sum: i32,
+}
+
+/// Buffers of one tile.
+#[derive(Default)]
+struct Scratch {
+    /// A block as floats: `[head_dim][32]`, `[32][head_dim]`.
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    vectors: Vec<Vector>,
+    /// `[vectors][head_dim]`.
+    codes: Vec<i8>,
+    triples: Vec<Triple>,
+    /// `[vectors][head_dim]`.
+    sums: Vec<f32>,
+    active: Vec<usize>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Rows that see the same pages, met together.
+struct Tile<'a> {
+    rows: Range<usize>,
+    pages: &'a [u32],
 }
 
 /// Attention of query rows (`heads * head_dim` each) over one layer's cache.
 ///
 /// `row(i)` gives row i's page table and how many positions it sees, its own
-/// included. Scores are scaled by `1/sqrt(head_dim)`.
+/// included.
 ///
 /// # Panics
 /// When a page lies beyond the cache, or a row sees more than its pages hold.
 pub fn attention<'a>(
     pool: &Pool,
-    layout: &KvLayout,
+    spec: &AttentionSpec,
     q: &[f32],
-    keys: &[f32],
-    values: &[f32],
+    layer: &KvLayer,
     row: impl Fn(usize) -> (&'a [u32], usize) + Sync,
     out: &mut [f32],
 ) {
-    attention_on(Isa::active(), pool, layout, q, keys, values, row, out);
+    attention_on(Isa::active(), pool, spec, q, layer, row, out);
 }
 
-#[allow(clippy::too_many_arguments)]
 fn attention_on<'a>(
     isa: Isa,
     pool: &Pool,
-    layout: &KvLayout,
+    spec: &AttentionSpec,
     q: &[f32],
-    keys: &[f32],
-    values: &[f32],
+    layer: &KvLayer,
     row: impl Fn(usize) -> (&'a [u32], usize) + Sync,
     out: &mut [f32],
 ) {
-    let dim = layout.head_dim;
-    assert!(dim <= MAX_HEAD, "head of {dim}, at most {MAX_HEAD}");
+    let l = &layer.layout;
+    let width = l.heads * l.head_dim;
     assert_eq!(q.len(), out.len(), "queries and result");
-    pool.chunks_mut(out, dim, |task, out| {
-        let (i, head) = (task / layout.heads, task % layout.heads);
+    assert!(spec.alibi.as_ref().is_none_or(|a| a.len() == l.heads), "one slope a head");
+    let m = q.len() / width;
+    let most = (TILE * l.kv_heads / l.heads).clamp(1, 16);
+    let mut tiles: Vec<Tile<'a>> = Vec::new();
+    for i in 0..m {
         let (pages, seen) = row(i);
-        let kv_head = head / (layout.heads / layout.kv_heads);
-        one_head(isa, layout, kv_head, &q[task * dim..][..dim], keys, values, pages, seen, out);
+        assert!(seen <= pages.len() * BLOCK, "{seen} positions on {} pages", pages.len());
+        let held = layer.data.len() / l.block_bytes();
+        let used = &pages[..seen.div_ceil(BLOCK)];
+        assert!(used.iter().all(|&p| (p as usize) < held), "a page beyond {held}");
+        match tiles.last_mut() {
+            Some(t) if std::ptr::eq(t.pages.as_ptr(), pages.as_ptr()) && t.rows.len() < most => t.rows.end += 1,
+            _ => tiles.push(Tile { rows: i..i + 1, pages }),
+        }
+    }
+    let see = |i: usize| {
+        let seen = row(i).1;
+        (spec.window.map_or(0, |w| seen.saturating_sub(w)), seen)
+    };
+    let job = Job { spec, q, layer, see: &see };
+    let splits = (0..m).map(|i| see(i).1.div_ceil(SPLIT)).max().unwrap_or(0);
+    let heads = l.kv_heads;
+    // Few tiles and a long context: the splits are shared out too.
+    if tiles.len() * heads < 2 * pool.threads() && splits > 1 && pool.threads() > 1 {
+        let group = l.heads / heads;
+        let stride = most * group;
+        let tasks = tiles.len() * heads * splits;
+        let mut triples = vec![EMPTY; tasks * stride];
+        let mut sums = vec![0f32; tasks * stride * l.head_dim];
+        let (at_triples, at_sums) = (SendPtr(triples.as_mut_ptr()), SendPtr(sums.as_mut_ptr()));
+        pool.run(tasks, |task, _| {
+            let (tile, head) = (&tiles[task / splits / heads], task / splits % heads);
+            SCRATCH.with_borrow_mut(|s| {
+                job.prepare(tile, head, s);
+                job.split(isa, tile, head, task % splits, s);
+                // SAFETY: each task has `stride` vectors of its own, and a tile
+                // has no more.
+                unsafe {
+                    let to = at_triples.get().add(task * stride);
+                    to.copy_from_nonoverlapping(s.triples.as_ptr(), s.triples.len());
+                    let to = at_sums.get().add(task * stride * l.head_dim);
+                    to.copy_from_nonoverlapping(s.sums.as_ptr(), s.sums.len());
+                }
+            });
+        });
+        for (pair, task) in (0..tiles.len() * heads).map(|p| (p, p * splits)) {
+            let (tile, head) = (&tiles[pair / heads], pair % heads);
+            for v in 0..tile.rows.len() * group {
+                let to = (tile.rows.start + v / group) * width + (head * group + v % group) * l.head_dim;
+                let parts = (0..splits).map(|s| {
+                    let at = (task + s) * stride + v;
+                    (triples[at], &sums[at * l.head_dim..][..l.head_dim])
+                });
+                merge(parts, &mut out[to..][..l.head_dim]);
+            }
+        }
+        return;
+    }
+    let base = SendPtr(out.as_mut_ptr());
+    pool.run(tiles.len() * heads, |task, _| {
+        let (tile, head) = (&tiles[task / heads], task % heads);
+        SCRATCH.with_borrow_mut(|s| {
+            job.prepare(tile, head, s);
+            let mut parts: Vec<(Vec<Triple>, Vec<f32>)> = Vec::new();
+            let last = tile.rows.clone().map(|i| see(i).1.div_ceil(SPLIT)).max().unwrap_or(0);
+            for split in 0..last {
+                job.split(isa, tile, head, split, s);
+                parts.push((s.triples.clone(), s.sums.clone()));
+            }
+            for (v, vector) in s.vectors.iter().enumerate() {
+                // SAFETY: inside `out`; this task alone has this row and head.
+                let out = unsafe {
+                    let at = base.get().add(vector.row * width + vector.head * l.head_dim);
+                    std::slice::from_raw_parts_mut(at, l.head_dim)
+                };
+                let of = |(t, s): &(Vec<Triple>, Vec<f32>)| (t[v], s[v * l.head_dim..][..l.head_dim].as_ptr());
+                let parts = parts.iter().map(of);
+                // SAFETY: the slices live in `parts` above.
+                let parts = parts.map(|(t, s)| (t, unsafe { std::slice::from_raw_parts(s, l.head_dim) }));
+                merge(parts, out);
+            }
+        });
     });
 }
 
-tiered! {
-    fn one_head(
-        layout: &KvLayout, kv_head: usize, q: &[f32], keys: &[f32], values: &[f32],
-        pages: &[u32], seen: usize, out: &mut [f32],
-    ) = one_head_body;
-}
-
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-fn one_head_body(
-    layout: &KvLayout,
-    kv_head: usize,
-    q: &[f32],
-    keys: &[f32],
-    values: &[f32],
-    pages: &[u32],
-    seen: usize,
-    out: &mut [f32],
-) {
-    let dim = q.len();
-    let scale = 1.0 / (dim as f32).sqrt();
-    let mut sums = [0f32; MAX_HEAD];
-    let (mut top, mut total) = (f32::NEG_INFINITY, 0f32);
-    for (index, &page) in pages[..seen.div_ceil(BLOCK)].iter().enumerate() {
-        let at = page as usize * layout.block_len() + kv_head * BLOCK * dim;
-        let (k, _) = keys[at..][..BLOCK * dim].as_chunks::<BLOCK>();
-        let v = &values[at..][..BLOCK * dim];
-        let count = (seen - index * BLOCK).min(BLOCK);
-        let mut s = [0f32; BLOCK];
-        for (q, k) in q.iter().zip(k) {
-            for (s, k) in s.iter_mut().zip(k) {
-                *s = q.mul_add(*k, *s);
-            }
+/// Joins triples in order and divides by the sum.
+fn merge<'a>(parts: impl Iterator<Item = (Triple, &'a [f32])>, out: &mut [f32]) {
+    let mut whole = EMPTY;
+    for (part, sums) in parts {
+        if part.total == 0.0 {
+            continue;
         }
-        let mut high = top;
-        for (i, s) in s.iter_mut().enumerate() {
-            *s = if i < count { *s * scale } else { f32::NEG_INFINITY };
-            high = if *s > high { *s } else { high };
+        if whole.total == 0.0 {
+            whole = part;
+            out.copy_from_slice(sums);
+            continue;
         }
-        let shrink = ops::exp(top - high);
-        top = high;
-        let mut part = [0f32; 8];
-        for s in s.as_chunks_mut::<8>().0 {
-            for (p, s) in part.iter_mut().zip(s) {
-                *s = ops::exp(*s - high);
-                *p += *s;
-            }
-        }
-        total = total.mul_add(shrink, part.iter().sum::<f32>());
-        for (c, sums) in sums[..dim].chunks_mut(64).enumerate() {
-            weigh(sums, &s[..count], &v[c * 64..], dim, shrink);
+        let top = if part.top > whole.top { part.top } else { whole.top };
+        let (a, b) = (ops::exp(whole.top - top), ops::exp(part.top - top));
+        whole = Triple { top, total: (whole.total * a) + part.total * b };
+        for (o, s) in out.iter_mut().zip(sums) {
+            *o = (*o * a) + s * b;
         }
     }
-    let inverse = 1.0 / total;
-    for (o, s) in out.iter_mut().zip(sums) {
-        *o = s * inverse;
+    let inverse = 1.0 / whole.total;
+    out.iter_mut().for_each(|o| *o *= inverse);
+}
+
+struct Job<'a> {
+    spec: &'a AttentionSpec,
+    q: &'a [f32],
+    layer: &'a KvLayer,
+    /// Positions a row sees.
+    see: &'a (dyn Fn(usize) -> (usize, usize) + Sync),
+}
+
+impl Job<'_> {
+    /// Lists the tile's query vectors of key head `head`.
+    fn prepare(&self, tile: &Tile, head: usize, s: &mut Scratch) {
+        let l = &self.layer.layout;
+        let (dim, group) = (l.head_dim, l.heads / l.kv_heads);
+        let int8 = l.dtype == KvType::Int8;
+        s.vectors.clear();
+        s.codes.clear();
+        for row in tile.rows.clone() {
+            for head in head * group..(head + 1) * group {
+                let mut v = Vector { row, head, sees: (self.see)(row), scale: self.spec.scale, sum: 0 };
+                if int8 {
+                    let (codes, sum) = (&mut s.codes, &mut v.sum);
+                    let unit = quantize(&self.q[(row * l.heads + head) * dim..][..dim], |_, code| {
+                        codes.push(code);
+                        *sum += i32::from(code);
+                    });
+                    v.scale *= unit;
+                }
+                s.vectors.push(v);
+            }
+        }
+        s.keys.resize(dim * BLOCK, 0.0);
+        s.values.resize(dim * BLOCK, 0.0);
+    }
+
+    /// The triples of the tile's vectors over one split.
+    fn split(&self, isa: Isa, tile: &Tile, head: usize, split: usize, s: &mut Scratch) {
+        let dim = self.layer.layout.head_dim;
+        s.triples.clear();
+        s.triples.resize(s.vectors.len(), EMPTY);
+        s.sums.clear();
+        s.sums.resize(s.vectors.len() * dim, 0.0);
+        let first = s.vectors.iter().map(|v| v.sees.0).min().unwrap_or(0).max(split * SPLIT) / BLOCK;
+        let last = s.vectors.iter().map(|v| v.sees.1).max().unwrap_or(0).min((split + 1) * SPLIT);
+        for block in first..last.div_ceil(BLOCK) {
+            let Scratch { active, vectors, .. } = s;
+            active.clear();
+            let here = |v: &Vector| v.sees.0 < (block + 1) * BLOCK && v.sees.1 > block * BLOCK;
+            active.extend((0..vectors.len()).filter(|&v| here(&vectors[v])));
+            let page = tile.pages[block];
+            match isa {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: `Isa::available` found the features.
+                Isa::Vnni => unsafe { avx512::block(self, head, page, block, s) },
+                isa => plain_block(isa, self, head, page, block, s),
+            }
+        }
+    }
+
+    /// One head's keys (or values) of a page.
+    #[inline(always)]
+    fn part(&self, page: u32, head: usize, values: bool) -> &[u8] {
+        let l = &self.layer.layout;
+        &self.layer.data[l.at(page, head, values)..][..l.part_bytes()]
     }
 }
 
-/// `sums = sums * shrink + Σ weights[j] * v[j * stride ..]`, up to 64 sums.
-#[inline(always)]
-fn weigh(sums: &mut [f32], weights: &[f32], v: &[f32], stride: usize, shrink: f32) {
-    if let Ok(sums) = <&mut [f32; 64]>::try_from(&mut *sums) {
-        // A copy of known length stays in registers.
-        let mut acc = *sums;
-        acc.iter_mut().for_each(|a| *a *= shrink);
-        for (j, w) in weights.iter().enumerate() {
-            if let Some(v) = v[j * stride..].first_chunk::<64>() {
-                for (a, v) in acc.iter_mut().zip(v) {
-                    *a = w.mul_add(*v, *a);
+/// The arithmetic of a block, `R` vectors at once.
+trait Arith {
+    /// A part of floats as `f32`.
+    fn widen(dtype: KvType, part: &[u8], out: &mut [f32]);
+
+    /// `Σ q[d] * keys[d][j]`, each one chain of fused multiply-adds in order of d.
+    fn scores<const R: usize>(q: [&[f32]; R], keys: &[f32], out: &mut [[f32; BLOCK]; R]);
+
+    /// `sums = sums * shrink`, then for each position in order
+    /// `sums = fma(weight, value, sums)`.
+    fn weigh<const R: usize>(
+        sums: [&mut [f32]; R],
+        shrink: [f32; R],
+        weights: &[[f32; BLOCK]; R],
+        values: &[f32],
+    );
+
+    /// `Σ q[d] * (key[d][j] + 128)` in integers.
+    fn dots<const R: usize>(q: [&[i8]; R], keys: &[u8], out: &mut [[i32; BLOCK]; R]);
+
+    /// `sums = fma(Σ code[j] * value[j], unit, sums * shrink)`.
+    fn weigh_codes<const R: usize>(
+        sums: [&mut [f32]; R],
+        shrink: [f32; R],
+        codes: &[[u8; BLOCK]; R],
+        unit: [f32; R],
+        values: &[u8],
+    );
+}
+
+/// Plain Rust, also compiled for AVX2.
+struct Plain;
+
+impl Arith for Plain {
+    #[inline(always)]
+    fn widen(dtype: KvType, part: &[u8], out: &mut [f32]) {
+        if dtype == KvType::F32 {
+            for (o, b) in out.iter_mut().zip(part.as_chunks::<4>().0) {
+                *o = f32::from_le_bytes(*b);
+            }
+            return;
+        }
+        for (o, b) in out.iter_mut().zip(part.as_chunks::<2>().0) {
+            let h = u32::from(u16::from_le_bytes(*b));
+            *o = if dtype == KvType::BF16 {
+                f32::from_bits(h << 16)
+            } else {
+                // Exponents are moved by a product, which is exact and takes
+                // subnormal numbers along.
+                let magnitude = h & 0x7fff;
+                let wide = f32::from_bits(magnitude << 13) * f32::from_bits(0x7780_0000);
+                let special = if magnitude >= 0x7c00 { 0x7f80_0000 } else { 0 };
+                f32::from_bits(wide.to_bits() | special | (h & 0x8000) << 16)
+            };
+        }
+    }
+
+    #[inline(always)]
+    fn scores<const R: usize>(q: [&[f32]; R], keys: &[f32], out: &mut [[f32; BLOCK]; R]) {
+        for (q, out) in q.into_iter().zip(out) {
+            let mut s = [0f32; BLOCK];
+            for (q, k) in q.iter().zip(keys.as_chunks::<BLOCK>().0) {
+                for (s, k) in s.iter_mut().zip(k) {
+                    *s = q.mul_add(*k, *s);
+                }
+            }
+            *out = s;
+        }
+    }
+
+    #[inline(always)]
+    fn weigh<const R: usize>(
+        sums: [&mut [f32]; R],
+        shrink: [f32; R],
+        weights: &[[f32; BLOCK]; R],
+        values: &[f32],
+    ) {
+        for ((sums, shrink), weights) in sums.into_iter().zip(shrink).zip(weights) {
+            sums.iter_mut().for_each(|s| *s *= shrink);
+            for (w, v) in weights.iter().zip(values.chunks_exact(sums.len())) {
+                for (s, v) in sums.iter_mut().zip(v) {
+                    *s = w.mul_add(*v, *s);
                 }
             }
         }
-        *sums = acc;
-    } else {
-        sums.iter_mut().for_each(|a| *a *= shrink);
-        for (j, w) in weights.iter().enumerate() {
-            for (a, v) in sums.iter_mut().zip(&v[j * stride..]) {
-                *a = w.mul_add(*v, *a);
+    }
+
+    #[inline(always)]
+    fn dots<const R: usize>(q: [&[i8]; R], keys: &[u8], out: &mut [[i32; BLOCK]; R]) {
+        for (q, out) in q.into_iter().zip(out) {
+            *out = [0; BLOCK];
+            for (q, k) in q.as_chunks::<4>().0.iter().zip(keys.as_chunks::<{ 4 * BLOCK }>().0) {
+                for (o, k) in out.iter_mut().zip(k.as_chunks::<4>().0) {
+                    for (q, k) in q.iter().zip(k) {
+                        *o += i32::from(*q) * i32::from(*k);
+                    }
+                }
             }
         }
     }
+
+    #[inline(always)]
+    fn weigh_codes<const R: usize>(
+        sums: [&mut [f32]; R],
+        shrink: [f32; R],
+        codes: &[[u8; BLOCK]; R],
+        unit: [f32; R],
+        values: &[u8],
+    ) {
+        for (i, sums) in sums.into_iter().enumerate() {
+            let dim = sums.len();
+            for (d, s) in sums.iter_mut().enumerate() {
+                let mut dot = 0;
+                for (j, c) in codes[i].iter().enumerate() {
+                    let v = values[(j / 4 * dim + d) * 4 + j % 4] as i8;
+                    dot += i32::from(*c) * i32::from(v);
+                }
+                *s = (dot as f32).mul_add(unit[i], *s * shrink[i]);
+            }
+        }
+    }
+}
+
+tiered! {
+    fn plain_block(job: &Job, head: usize, page: u32, block: usize, s: &mut Scratch)
+        = block_of::<Plain>;
+}
+
+/// Lets the tile's active vectors meet one block.
+#[inline(always)]
+fn block_of<A: Arith>(job: &Job, head: usize, page: u32, block: usize, s: &mut Scratch) {
+    let dtype = job.layer.layout.dtype;
+    if dtype != KvType::Int8 {
+        A::widen(dtype, job.part(page, head, false), &mut s.keys);
+        A::widen(dtype, job.part(page, head, true), &mut s.values);
+        // Slots that nobody here sees hold what another sequence left.
+        let seen = s.active.iter().map(|&v| s.vectors[v].sees.1).max().unwrap_or(0);
+        let unseen = (seen - block * BLOCK).min(BLOCK) * job.layer.layout.head_dim;
+        s.values[unseen..].fill(0.0);
+    }
+    let mut at = 0;
+    let left = s.active.len();
+    while left - at >= 4 {
+        meet::<A, 4>(job, head, page, block, at, s);
+        at += 4;
+    }
+    while at < left {
+        meet::<A, 1>(job, head, page, block, at, s);
+        at += 1;
+    }
+}
+
+#[inline(always)]
+fn meet<A: Arith, const R: usize>(
+    job: &Job,
+    head: usize,
+    page: u32,
+    block: usize,
+    at: usize,
+    s: &mut Scratch,
+) {
+    let l = &job.layer.layout;
+    let dim = l.head_dim;
+    let Scratch { keys, values, vectors, codes, triples, sums, active } = s;
+    let chosen: [usize; R] = std::array::from_fn(|i| active[at + i]);
+    let floats = |bytes: &[u8]| -> [f32; BLOCK] {
+        std::array::from_fn(|j| f32::from_le_bytes([bytes[j * 4], bytes[j * 4 + 1], bytes[j * 4 + 2], bytes[j * 4 + 3]]))
+    };
+    let mut scores = [[0f32; BLOCK]; R];
+    if l.dtype == KvType::Int8 {
+        let (k, scales) = job.part(page, head, false).split_at(BLOCK * dim);
+        let scales = floats(scales);
+        let mut dots = [[0i32; BLOCK]; R];
+        A::dots::<R>(chosen.map(|v| &codes[v * dim..][..dim]), k, &mut dots);
+        for i in 0..R {
+            let v = &vectors[chosen[i]];
+            for j in 0..BLOCK {
+                scores[i][j] = (dots[i][j] - 128 * v.sum) as f32 * (scales[j] * v.scale);
+            }
+        }
+    } else {
+        let query = |v: usize| {
+            let v = &vectors[v];
+            &job.q[(v.row * l.heads + v.head) * dim..][..dim]
+        };
+        A::scores::<R>(chosen.map(query), keys, &mut scores);
+        for i in 0..R {
+            scores[i].iter_mut().for_each(|s| *s *= vectors[chosen[i]].scale);
+        }
+    }
+    let mut shrink = [0f32; R];
+    for i in 0..R {
+        let v = &vectors[chosen[i]];
+        let s = &mut scores[i];
+        if let Some(cap) = job.spec.softcap {
+            s.iter_mut().for_each(|s| *s = cap * ops::tanh(*s / cap));
+        }
+        if let Some(slopes) = &job.spec.alibi {
+            let behind = v.sees.1 as f32 - 1.0 - (block * BLOCK) as f32;
+            for (j, s) in s.iter_mut().enumerate() {
+                *s -= slopes[v.head] * (behind - j as f32);
+            }
+        }
+        let from = v.sees.0.saturating_sub(block * BLOCK);
+        let to = (v.sees.1 - block * BLOCK).min(BLOCK);
+        if from > 0 || to < BLOCK {
+            for (j, s) in s.iter_mut().enumerate() {
+                *s = if j >= from && j < to { *s } else { f32::NEG_INFINITY };
+            }
+        }
+        let triple = &mut triples[chosen[i]];
+        let mut tops = [f32::NEG_INFINITY; 16];
+        for half in s.as_chunks::<16>().0 {
+            for (t, s) in tops.iter_mut().zip(half) {
+                *t = if *s > *t { *s } else { *t };
+            }
+        }
+        let high = tops.iter().fold(triple.top, |a, &b| if b > a { b } else { a });
+        shrink[i] = ops::exp(triple.top - high);
+        for s in s.iter_mut() {
+            *s = ops::exp(*s - high);
+        }
+        let mut part: [f32; 16] = std::array::from_fn(|j| s[j] + s[j + 16]);
+        for width in [8, 4, 2, 1] {
+            for j in 0..width {
+                part[j] += part[j + width];
+            }
+        }
+        *triple = Triple { top: high, total: triple.total.mul_add(shrink[i], part[0]) };
+    }
+    let base = SendPtr(sums.as_mut_ptr());
+    // SAFETY: the chosen vectors are different ones, so their sums are disjoint.
+    let sums = chosen.map(|v| unsafe { std::slice::from_raw_parts_mut(base.get().add(v * dim), dim) });
+    if l.dtype != KvType::Int8 {
+        A::weigh::<R>(sums, shrink, &scores, values);
+        return;
+    }
+    let (v, scales) = job.part(page, head, true).split_at(BLOCK * dim);
+    let scales = floats(scales);
+    let (mut quantized, mut unit) = ([[0u8; BLOCK]; R], [0f32; R]);
+    for i in 0..R {
+        let mut tops = [0f32; 16];
+        for j in 0..BLOCK {
+            // Slots not seen may hold anything; their weight is 0 all the same.
+            scores[i][j] = if scores[i][j] > 0.0 { scores[i][j] * scales[j] } else { 0.0 };
+            tops[j % 16] = if scores[i][j] > tops[j % 16] { scores[i][j] } else { tops[j % 16] };
+        }
+        let top = tops.iter().fold(0f32, |a, &b| if b > a { b } else { a });
+        let inverse = if top > 0.0 { 255.0 / top } else { 0.0 };
+        for j in 0..BLOCK {
+            let code = (scores[i][j] * inverse + 12_582_912.0).to_bits() as i32 - 0x4B40_0000;
+            quantized[i][j] = code.clamp(0, 255) as u8;
+        }
+        unit[i] = top / 255.0;
+    }
+    A::weigh_codes::<R>(sums, shrink, &quantized, unit, v);
 }
 
 #[cfg(test)]
@@ -192,40 +728,75 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(24))]
+        #![proptest_config(ProptestConfig::with_cases(48))]
         #[test]
-        fn every_tier_equals_plain_attention(
-            seen in 1usize..100, wide in 0usize..3, shift in 0u32..7, seed in 1u32..1000,
+        fn every_tier_and_tiling_equals_plain_attention(
+            seen in 1usize..1200, rows in 1usize..40, wide in 0usize..3, dtype in 0usize..4,
+            window in 0usize..3, extra in 0usize..3, seed in 1u32..1000,
         ) {
-            let layout = KvLayout { heads: 6, kv_heads: 2, head_dim: [8, 64, 80][wide] };
-            let dim = layout.head_dim;
+            let dtype = [KvType::F16, KvType::BF16, KvType::Int8, KvType::F32][dtype];
+            let layout = KvLayout { heads: 6, kv_heads: 2, head_dim: [8, 64, 80][wide], dtype };
+            let (dim, rows) = (layout.head_dim, rows.min(seen));
+            let mut spec = AttentionSpec::causal(dim);
+            spec.window = [None, Some(7), Some(100)][window];
+            spec.softcap = (extra == 1).then_some(20.0);
+            spec.alibi = (extra == 2).then(|| (1..=6).map(|h| 0.5f32.powi(h)).collect());
             let value = |i: usize| ((i as u32).wrapping_mul(2_654_435_761).wrapping_mul(seed) >> 16) as f32 / 32768.0 - 1.0;
-            let (mut keys, mut values) = (vec![9.0; 7 * layout.block_len()], vec![9.0; 7 * layout.block_len()]);
-            let pages: Vec<u32> = (0..7).map(|i| (i * 3 + shift) % 7).collect();
+            let blocks = seen.div_ceil(BLOCK);
+            let mut layer = KvLayer::new(layout, blocks);
+            // Pages in another order than the positions.
+            let pages: Vec<u32> = (0..blocks as u32).rev().collect();
             let kv = 2 * dim;
-            let rows: Vec<f32> = (0..seen * kv * 2).map(value).collect();
-            let (ks, vs) = rows.split_at(seen * kv);
-            for p in 0..seen {
-                store_kv(&layout, &mut keys, &mut values, pages[p / 32], p % 32, &ks[p * kv..][..kv], &vs[p * kv..][..kv]);
-            }
-            let q: Vec<f32> = (0..6 * dim).map(|i| value(i + 77) * 3.0).collect();
+            let all: Vec<f32> = (0..seen * kv * 2).map(value).collect();
+            let (ks, vs) = all.split_at(seen * kv);
+            layer.store(&Pool::new(2), ks, vs, |p| (pages[p / BLOCK], p % BLOCK));
+            let q: Vec<f32> = (0..rows * 6 * dim).map(|i| value(i + 77) * 3.0).collect();
+            let see = |i: usize| seen - rows + i + 1;
             let mut want = vec![0.0; q.len()];
-            attention_on(Isa::Reference, &Pool::new(1), &layout, &q, &keys, &values, |_| (&pages, seen), &mut want);
-            for h in 0..6 {
-                let at = h / 3 * dim;
-                let dot = |p: usize| (0..dim).map(|d| f64::from(q[h * dim + d] * ks[p * kv + at + d])).sum::<f64>() / (dim as f64).sqrt();
-                let weights: Vec<f64> = (0..seen).map(|p| dot(p).exp()).collect();
-                let total: f64 = weights.iter().sum();
-                for d in 0..dim {
-                    let plain: f64 = (0..seen).map(|p| weights[p] * f64::from(vs[p * kv + at + d])).sum::<f64>() / total;
-                    prop_assert!((f64::from(want[h * dim + d]) - plain).abs() < 1e-4);
+            for i in 0..rows {
+                let (q, out) = (&q[i * 6 * dim..][..6 * dim], &mut want[i * 6 * dim..][..6 * dim]);
+                attention_on(Isa::Reference, &Pool::new(1), &spec, q, &layer, |_| (&pages, see(i)), out);
+            }
+            let room = match dtype { KvType::F32 => 1e-4, KvType::F16 => 2e-3, KvType::BF16 => 2e-2, KvType::Int8 => 4e-2 };
+            for i in (0..rows).step_by(7) {
+                for h in 0..6 {
+                    let at = h / 3 * dim;
+                    let from = spec.window.map_or(0, |w| see(i).saturating_sub(w));
+                    let dot = |p: usize| {
+                        let dot = (0..dim).map(|d| f64::from(q[(i * 6 + h) * dim + d] * ks[p * kv + at + d])).sum::<f64>();
+                        let mut s = dot / (dim as f64).sqrt();
+                        if extra == 1 { s = 20.0 * (s / 20.0).tanh() }
+                        if extra == 2 { s -= 0.5f64.powi(h as i32 + 1) * (see(i) - 1 - p) as f64 }
+                        s
+                    };
+                    let weights: Vec<f64> = (from..see(i)).map(|p| dot(p).exp()).collect();
+                    let total: f64 = weights.iter().sum();
+                    for d in 0..dim {
+                        let plain: f64 = (from..see(i)).map(|p| weights[p - from] * f64::from(vs[p * kv + at + d])).sum::<f64>() / total;
+                        let got = want[(i * 6 + h) * dim + d];
+                        prop_assert!((f64::from(got) - plain).abs() < room, "{:?} {} for {}", dtype, got, plain);
+                    }
                 }
             }
             for isa in Isa::available() {
-                let mut got = vec![0.0; q.len()];
-                attention_on(isa, &Pool::new(2), &layout, &q, &keys, &values, |_| (&pages, seen), &mut got);
-                prop_assert!(got.iter().zip(&want).all(|(a, b)| a.to_bits() == b.to_bits()), "{isa:?}");
+                for threads in [1, 2, 7] {
+                    let mut got = vec![0.0; q.len()];
+                    attention_on(isa, &Pool::new(threads), &spec, &q, &layer, |i| (&pages, see(i)), &mut got);
+                    let same = got.iter().zip(&want).all(|(a, b)| a.to_bits() == b.to_bits());
+                    prop_assert!(same, "{:?} {:?} on {} threads", isa, dtype, threads);
+                }
             }
+        }
+    }
+
+    #[test]
+    fn halves_are_read_as_they_are() {
+        let all: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
+        let mut wide = vec![0f32; 1 << 16];
+        Plain::widen(KvType::F16, &all, &mut wide);
+        for (i, w) in wide.iter().enumerate() {
+            let h = f16::from_bits(i as u16);
+            assert!(w.to_bits() == h.to_f32().to_bits() || h.is_nan() && w.is_nan(), "{i:x}");
         }
     }
 }

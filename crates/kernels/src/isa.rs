@@ -10,7 +10,7 @@ pub enum Isa {
     /// AVX2 with FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// AVX2 with the 256-bit byte dot product of AVX-512 VNNI.
+    /// AVX-512 F, BW, VL, DQ and VNNI.
     #[cfg(target_arch = "x86_64")]
     Vnni,
 }
@@ -25,7 +25,7 @@ impl Isa {
             use std::arch::is_x86_feature_detected as has;
             if has!("avx2") && has!("fma") && has!("f16c") {
                 all.push(Self::Avx2);
-                if has!("avx512vnni") && has!("avx512vl") {
+                if has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq") && has!("avx512vnni") {
                     all.push(Self::Vnni);
                 }
             }

@@ -16,11 +16,14 @@ mod pool;
 mod quants;
 pub mod sgemm;
 
-pub use attention::{KvLayout, attention, store_kv};
+pub use attention::{AttentionSpec, KvLayer, KvLayout, KvType, attention};
 pub use error::KernelError;
 pub use isa::Isa;
 pub use matmul::{matmul, matmul_many};
-pub use ops::{RopeTable, add, rms_norm, rope_halves, rope_interleaved, silu_mul, softmax};
+pub use ops::{
+    RopeTable, add, gelu, gelu_tanh, gelu_tanh_mul, layer_norm, rms_norm, rope_halves,
+    rope_interleaved, silu_mul, softcap, softmax,
+};
 pub use packed::PackedMatrix;
 pub use pool::Pool;
 pub use quants::{dequantize, quantize};

@@ -1,19 +1,29 @@
 //! Activations times packed weights.
 //!
 //! Against quantized weights, an activation row is quantized to int8, 32 values
-//! to a scale. Within a block of 32 the sum is exact in integers; across blocks
+//! to a scale. Within a block of 32 the sum is exact in integers: Σ code·q, each
+//! half of the block times its sub-scale where the kind has them. Across blocks
 //! two chains run in ascending k,
 //!
-//! `a = fma(codes·q, scale_w * scale_a, a)` and `b = fma(min_w, scale_a * Σq, b)`,
+//! `a = fma(sum, scale_w * scale_a, a)` and `b = fma(min_w, scale_a * Σq, b)`
+//! (for K kinds `b = fma(Σ min·Σq, min_w * scale_a, b)`),
 //!
-//! and the element is `a + b` (`a` alone without minimums). Against plain
-//! weights the element is one `fma` chain in ascending k. Each tier follows that
-//! order, so an element has one value, whatever computes it.
+//! and the element is `a + b` (K kinds `a − b`; `a` alone without minimums).
+//! Against plain weights the element is one `fma` chain in ascending k. Each tier
+//! follows that order, so an element has one value, whatever computes it.
+//!
+//! Rejected: one activation scale a row, which saves a multiply a block but lets
+//! one outlier take the precision of its whole row.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 
 use crate::{
     Isa, PackedMatrix, Pool,
     isa::tiered,
-    packed::{self, BLOCK, GROUP, Kind},
+    packed::{self, BLOCK, Block, FORMATS, GROUP, Kind, Per},
     pool::SendPtr,
 };
 use std::cell::RefCell;
@@ -26,10 +36,20 @@ const ROWS: usize = 128;
 struct Quantized {
     /// `[m, k]`.
     codes: Vec<i8>,
-    /// `[m, k/32]`: scale, scale·Σcodes.
-    scales: Vec<[f32; 2]>,
-    /// `[m, k/32]`: Σcodes.
-    sums: Vec<i32>,
+    /// `[m, k/32]`.
+    blocks: Vec<Activation>,
+}
+
+/// What the kernels need of 32 quantized activations besides their codes.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[repr(C, align(8))]
+struct Activation {
+    /// Value of a code of 1.
+    scale: f32,
+    /// `scale * (halves[0] + halves[1])`.
+    sum: f32,
+    /// Codes summed over each half of the block.
+    halves: [i32; 2],
 }
 
 thread_local! {
@@ -42,10 +62,16 @@ thread_local! {
 struct Rows<'a> {
     x: &'a [f32],
     codes: &'a [i8],
-    scales: &'a [[f32; 2]],
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
-    sums: &'a [i32],
+    blocks: &'a [Activation],
     k: usize,
+}
+
+/// Where a kernel writes: `cols` columns of each row, rows `stride` apart.
+#[derive(Clone, Copy)]
+struct Out {
+    at: *mut f32,
+    stride: usize,
+    cols: usize,
 }
 
 /// `out = x · wᵀ`: x is `[m, k]`, w `[n, k]`, out `[m, n]`, all row-major.
@@ -81,14 +107,14 @@ pub(crate) fn matmul_on(
         return;
     }
     SCRATCH.with_borrow_mut(|scratch| {
-        if ws.iter().any(|w| w.0.kind().quantized()) {
+        if ws.iter().any(|w| matches!(w.0.kind(), Kind::Quantized(_))) {
             quantize_rows(isa, pool, x, m, k, scratch);
         }
-        let rows = Rows { x, codes: &scratch.codes, scales: &scratch.scales, sums: &scratch.sums, k };
+        let rows = Rows { x, codes: &scratch.codes, blocks: &scratch.blocks, k };
         let outs: Vec<_> = ws.iter_mut().map(|w| SendPtr(w.1.as_mut_ptr())).collect();
         let total: usize = ws.iter().map(|w| w.0.groups()).sum();
         // Several tasks a thread, so that a late thread costs little.
-        let span = total.div_ceil(pool.threads() * 6).clamp(1, 64);
+        let span = total.div_ceil(pool.threads() * 6).clamp(1, 32).next_multiple_of(2);
         let col_tasks = total.div_ceil(span);
         let row_tasks = m.div_ceil(ROWS);
         let body = |task: usize, _: usize| {
@@ -97,21 +123,12 @@ pub(crate) fn matmul_on(
             let (from, to) = (col_task * span, total.min((col_task + 1) * span));
             let mut base = 0;
             for ((w, _), out) in ws.iter().zip(&outs) {
-                for g in from.max(base)..to.min(base + w.groups()) {
-                    let g = g - base;
-                    for r in (span_rows.start..span_rows.end).step_by(4) {
-                        let count = (span_rows.end - r).min(4);
-                        let mut tile = [[0.0; GROUP]; 4];
-                        product(isa, w, g, rows, r, count, &mut tile);
-                        let cols = (w.n() - g * GROUP).min(GROUP);
-                        for (i, tile) in tile[..count].iter().enumerate() {
-                            let at = (r + i) * w.n() + g * GROUP;
-                            // SAFETY: rows × columns of `out` belong to one
-                            // task each, and its length was checked above.
-                            unsafe {
-                                out.get().add(at).copy_from_nonoverlapping(tile.as_ptr(), cols);
-                            }
-                        }
+                let (first, last) = (from.max(base), to.min(base + w.groups()));
+                if first < last {
+                    // SAFETY: rows × columns of `out` belong to one task each,
+                    // and its length was checked above.
+                    unsafe {
+                        product(isa, w, first - base..last - base, rows, span_rows.clone(), out.get());
                     }
                 }
                 base += w.groups();
@@ -121,135 +138,139 @@ pub(crate) fn matmul_on(
     });
 }
 
-/// The dot products of rows `r .. r + count` with group `g` of `w`.
-fn product(
+/// The dot products of rows `range` with `groups` of `w`, written to the matrix
+/// `[m, n]` at `out`.
+///
+/// # Safety
+/// `out` is valid for those rows and columns and no one else writes them.
+unsafe fn product(
     isa: Isa,
     w: &PackedMatrix,
-    g: usize,
+    groups: std::ops::Range<usize>,
     rows: Rows,
-    r: usize,
-    count: usize,
-    tile: &mut [[f32; GROUP]; 4],
+    range: std::ops::Range<usize>,
+    out: *mut f32,
 ) {
-    let (kind, data) = (w.kind(), w.group(g));
-    if !kind.quantized() {
-        let x = &rows.x[r * rows.k..][..count * rows.k];
-        match isa {
-            Isa::Reference => plain_reference(kind, data, x, tile),
+    let n = w.n();
+    for g in groups {
+        let cols = (n - g * GROUP).min(GROUP);
+        // SAFETY: the caller's promise, for the rows from the range's first on.
+        let out = Out { at: unsafe { out.add(range.start * n + g * GROUP) }, stride: n, cols };
+        match (isa, w.kind()) {
+            (Isa::Reference, Kind::Quantized(f)) => reference(f, w.group(g), rows, range.clone(), out),
+            (Isa::Reference, kind) => plain_reference(kind, w.group(g), rows, range.clone(), out),
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `Isa::available` found the features.
-            _ => unsafe {
-                match count {
-                    1 => x86::plain::<1>(kind, data, x, tile),
-                    2 => x86::plain::<2>(kind, data, x, tile),
-                    3 => x86::plain::<3>(kind, data, x, tile),
-                    _ => x86::plain::<4>(kind, data, x, tile),
-                }
+            // SAFETY: `Isa::available` found the features; `out` as above.
+            (Isa::Avx2, Kind::Quantized(f)) => unsafe {
+                avx2::quantized(f, w.group(g), rows, range.clone(), out);
             },
-        }
-        return;
-    }
-    match isa {
-        Isa::Reference => reference(kind, data, rows, r, count, tile),
-        #[cfg(target_arch = "x86_64")]
-        _ => {
-            let vnni = isa == Isa::Vnni;
-            // SAFETY: `Isa::available` found the features.
-            unsafe {
-                match count {
-                    1 => x86::tile::<1>(vnni, kind, data, rows, r, tile),
-                    2 => x86::tile::<2>(vnni, kind, data, rows, r, tile),
-                    3 => x86::tile::<3>(vnni, kind, data, rows, r, tile),
-                    _ => x86::tile::<4>(vnni, kind, data, rows, r, tile),
-                }
-            }
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            (Isa::Avx2, kind) => unsafe { avx2::plain(kind, w.group(g), rows, range.clone(), out) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            (Isa::Vnni, Kind::Quantized(f)) => unsafe {
+                avx512::quantized(f, w.group(g), rows, range.clone(), out);
+            },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            (Isa::Vnni, kind) => unsafe { avx512::plain(kind, w.group(g), rows, range.clone(), out) },
         }
     }
 }
 
-fn reference(
-    kind: Kind,
-    data: &[u8],
-    rows: Rows,
-    r: usize,
-    count: usize,
-    tile: &mut [[f32; GROUP]; 4],
-) {
-    let blocks = rows.k / BLOCK;
-    for (i, out) in tile[..count].iter_mut().enumerate() {
-        let codes = &rows.codes[(r + i) * rows.k..][..rows.k];
-        let scales = &rows.scales[(r + i) * blocks..][..blocks];
-        for (col, out) in out.iter_mut().enumerate() {
+impl Out {
+    /// Writes element `col` of row `i`.
+    fn set(self, i: usize, col: usize, value: f32) {
+        debug_assert!(col < self.cols);
+        // SAFETY: whoever made this promised its rows and columns.
+        unsafe { *self.at.add(i * self.stride + col) = value };
+    }
+}
+
+fn reference(f: usize, data: &[u8], rows: Rows, range: std::ops::Range<usize>, out: Out) {
+    let (f, blocks) = (FORMATS[f], rows.k / BLOCK);
+    for (i, r) in range.enumerate() {
+        let codes = &rows.codes[r * rows.k..][..rows.k];
+        let meta = &rows.blocks[r * blocks..][..blocks];
+        for col in 0..out.cols {
             let (mut a, mut b) = (0f32, 0f32);
-            let steps = data.chunks_exact(kind.stride()).zip(codes.chunks_exact(BLOCK));
-            for ((w, q), [scale, scaled_sum]) in steps.zip(scales) {
-                let dot: i32 = q
-                    .iter()
-                    .enumerate()
-                    .map(|(i, &q)| packed::code(kind, w, col, i) * i32::from(q))
-                    .sum();
-                a = (dot as f32).mul_add(packed::half_at(w, col) * scale, a);
-                if kind != Kind::Byte {
-                    b = packed::block_min(kind, w, col).mul_add(*scaled_sum, b);
-                }
+            for (at, (q, act)) in codes.chunks_exact(BLOCK).zip(meta).enumerate() {
+                let w = Block::at(f, data, blocks, at);
+                let half = |half: usize| {
+                    let q = q[half * 16..][..16].iter().enumerate();
+                    let dot: i32 = q.map(|(i, &q)| w.code(col, half * 16 + i) * i32::from(q)).sum();
+                    dot * w.sub(col, half)
+                };
+                let sum = half(0) + half(1);
+                a = (sum as f32).mul_add(w.scale(col) * act.scale, a);
+                b = match f.min {
+                    Per::Nothing => b,
+                    Per::Block => w.min(col).mul_add(act.sum, b),
+                    _ => {
+                        let sum = w.sub_min(col, 0) * act.halves[0] + w.sub_min(col, 1) * act.halves[1];
+                        (sum as f32).mul_add(w.min(col) * act.scale, b)
+                    }
+                };
             }
-            *out = if kind == Kind::Byte { a } else { a + b };
+            out.set(i, col, match f.min {
+                Per::Nothing => a,
+                Per::Block => a + b,
+                _ => a - b,
+            });
         }
     }
 }
 
 /// Plain weights: one chain of fused multiply-adds a sum, in ascending k.
-fn plain_reference(kind: Kind, data: &[u8], x: &[f32], tile: &mut [[f32; GROUP]; 4]) {
-    let k = data.len() / kind.stride();
-    let mut sums = [[0f32; GROUP]; 4];
-    for (p, step) in data.chunks_exact(kind.stride()).enumerate() {
-        for (sum, x) in sums.iter_mut().zip(x.chunks_exact(k)) {
-            for (col, s) in sum.iter_mut().enumerate() {
-                *s = x[p].mul_add(packed::plain(kind, step, col), *s);
-            }
+fn plain_reference(kind: Kind, data: &[u8], rows: Rows, range: std::ops::Range<usize>, out: Out) {
+    for (i, r) in range.enumerate() {
+        let x = &rows.x[r * rows.k..][..rows.k];
+        for col in 0..out.cols {
+            let steps = x.iter().zip(data.chunks_exact(data.len() / rows.k));
+            let sum = steps.fold(0f32, |s, (x, step)| x.mul_add(packed::plain(kind, step, col), s));
+            out.set(i, col, sum);
         }
     }
-    *tile = sums;
 }
 
 fn quantize_rows(isa: Isa, pool: &Pool, x: &[f32], m: usize, k: usize, to: &mut Quantized) {
     let blocks = m * k / BLOCK;
     to.codes.resize(m * k, 0);
-    to.scales.resize(blocks, [0.0; 2]);
-    to.sums.resize(blocks, 0);
-    let (codes, scales, sums) = (
-        SendPtr(to.codes.as_mut_ptr()),
-        SendPtr(to.scales.as_mut_ptr()),
-        SendPtr(to.sums.as_mut_ptr()),
-    );
-    // A block takes some 20 ns: below a thousand a thread, waking costs more.
+    to.blocks.resize(blocks, Activation::default());
+    let (codes, meta) = (SendPtr(to.codes.as_mut_ptr()), SendPtr(to.blocks.as_mut_ptr()));
+    // A block takes some ten ns: below a thousand a thread, waking costs more.
     let part = blocks.div_ceil(pool.threads()).max(1024);
     pool.run(blocks.div_ceil(part), |task, _| {
         let (from, len) = (task * part, part.min(blocks - task * part));
-        // SAFETY: parts are disjoint and inside the three buffers, one task each.
-        let (codes, scales, sums) = unsafe {
+        // SAFETY: parts are disjoint and inside the buffers, one task each.
+        let (codes, meta) = unsafe {
             (
                 std::slice::from_raw_parts_mut(codes.get().add(from * BLOCK), len * BLOCK),
-                std::slice::from_raw_parts_mut(scales.get().add(from), len),
-                std::slice::from_raw_parts_mut(sums.get().add(from), len),
+                std::slice::from_raw_parts_mut(meta.get().add(from), len),
             )
         };
-        quantize_blocks(isa, &x[from * BLOCK..][..len * BLOCK], codes, scales, sums);
+        let x = &x[from * BLOCK..][..len * BLOCK];
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Isa::available` found the features.
+            Isa::Vnni => unsafe { avx512::quantize(x, codes, meta) },
+            isa => quantize_blocks(isa, x, codes, meta),
+        }
     });
 }
 
 tiered! {
-    fn quantize_blocks(x: &[f32], codes: &mut [i8], scales: &mut [[f32; 2]], sums: &mut [i32])
-        = quantize_body;
+    fn quantize_blocks(x: &[f32], codes: &mut [i8], meta: &mut [Activation]) = quantize_body;
 }
 
 #[inline(always)]
-fn quantize_body(x: &[f32], codes: &mut [i8], scales: &mut [[f32; 2]], sums: &mut [i32]) {
+fn quantize_body(x: &[f32], codes: &mut [i8], meta: &mut [Activation]) {
     let (xs, _) = x.as_chunks::<BLOCK>();
     let (codes, _) = codes.as_chunks_mut::<BLOCK>();
-    for (((x, codes), scale), sum) in xs.iter().zip(codes).zip(scales).zip(sums) {
-        let mut tops = [0f32; GROUP];
-        for x in x.as_chunks::<GROUP>().0 {
+    for ((x, codes), meta) in xs.iter().zip(codes).zip(meta) {
+        let mut tops = [0f32; 8];
+        for x in x.as_chunks::<8>().0 {
             for (top, x) in tops.iter_mut().zip(x) {
                 let x = x.abs();
                 *top = if x > *top { x } else { *top };
@@ -258,254 +279,15 @@ fn quantize_body(x: &[f32], codes: &mut [i8], scales: &mut [[f32; 2]], sums: &mu
         let top = tops.iter().fold(0f32, |a, &b| if b > a { b } else { a });
         let inverse = if top > 0.0 { 127.0 / top } else { 0.0 };
         // Adding 1.5·2²³ rounds to an integer, ties to even, in the low bits.
-        let mut total = 0;
         for (c, x) in codes.iter_mut().zip(x) {
             let rounded = (x * inverse + 12_582_912.0).to_bits() as i32 - 0x4B40_0000;
             *c = rounded.clamp(-127, 127) as i8;
-            total += i32::from(*c);
         }
-        let s = top / 127.0;
-        *scale = [s, s * total as f32];
-        *sum = total;
+        let sum = |half: &[i8]| half.iter().map(|&c| i32::from(c)).sum::<i32>();
+        let halves = [sum(&codes[..16]), sum(&codes[16..])];
+        let scale = top / 127.0;
+        *meta = Activation { scale, sum: scale * (halves[0] + halves[1]) as f32, halves };
     }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use super::{BLOCK, GROUP, Kind, Rows};
-    use std::arch::x86_64::*;
-
-    /// The tile of `M` rows; see [`super::reference`] for what it computes.
-    ///
-    /// # Safety
-    /// Needs AVX2, FMA and F16C, and AVX-512 VNNI and VL when `vnni`; `rows`
-    /// holds `r .. r + M`.
-    pub(super) unsafe fn tile<const M: usize>(
-        vnni: bool,
-        kind: Kind,
-        data: &[u8],
-        rows: Rows,
-        r: usize,
-        tile: &mut [[f32; GROUP]; 4],
-    ) {
-        assert!(rows.codes.len() >= (r + M) * rows.k && rows.k % BLOCK == 0);
-        assert!(rows.scales.len() >= (r + M) * rows.k / BLOCK && rows.sums.len() == rows.scales.len());
-        assert_eq!(data.len(), rows.k / BLOCK * kind.stride());
-        // SAFETY: lengths just checked, features by the caller.
-        unsafe {
-            match (kind, vnni) {
-                (Kind::Nibble, false) => nibble_avx2::<M>(data, rows, r, tile),
-                (Kind::Nibble, true) => nibble_vnni::<M>(data, rows, r, tile),
-                (Kind::Byte, false) => byte_avx2::<M, false>(data, rows, r, tile),
-                (Kind::Byte, true) => byte_vnni::<M, false>(data, rows, r, tile),
-                (_, false) => byte_avx2::<M, true>(data, rows, r, tile),
-                (_, true) => byte_vnni::<M, true>(data, rows, r, tile),
-            }
-        }
-    }
-
-    /// Plain weights; see [`super::plain_reference`]. `x` holds `M` rows.
-    ///
-    /// # Safety
-    /// Needs AVX2, FMA and F16C.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) unsafe fn plain<const M: usize>(
-        kind: Kind,
-        data: &[u8],
-        x: &[f32],
-        tile: &mut [[f32; GROUP]; 4],
-    ) {
-        let k = data.len() / kind.stride();
-        assert!(x.len() == M * k && data.len() == k * kind.stride());
-        // SAFETY: `p` stays below k, for which lengths were just checked.
-        unsafe {
-            let half = |p: usize| _mm_loadu_si128(data.as_ptr().add(p * 16).cast());
-            let sums = match kind {
-                Kind::F16 => chain::<M>(k, x, |p| _mm256_cvtph_ps(half(p))),
-                Kind::BF16 => chain::<M>(k, x, |p| {
-                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half(p))))
-                }),
-                _ => chain::<M>(k, x, |p| _mm256_loadu_ps(data.as_ptr().add(p * 32).cast())),
-            };
-            for (sum, out) in sums.into_iter().zip(tile.iter_mut()) {
-                _mm256_storeu_ps(out.as_mut_ptr(), sum);
-            }
-        }
-    }
-
-    /// `M` chains over k of the eight columns that `weights` gives.
-    ///
-    /// # Safety
-    /// `x` holds `M` rows of `k`.
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn chain<const M: usize>(k: usize, x: &[f32], weights: impl Fn(usize) -> __m256) -> [__m256; M] {
-        let mut sums = [_mm256_setzero_ps(); M];
-        for p in 0..k {
-            let w = weights(p);
-            for (i, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: the caller's promise.
-                let x = unsafe { _mm256_broadcast_ss(x.get_unchecked(i * k + p)) };
-                *sum = _mm256_fmadd_ps(x, w, *sum);
-            }
-        }
-        sums
-    }
-
-    /// Adds a block's integer sums to the two chains of each row.
-    ///
-    /// # Safety
-    /// `w` points at a block with its head, `scales` at `M` rows, `blocks` apart.
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn scale<const M: usize, const MIN: bool>(
-        dots: [__m256i; M],
-        w: *const u8,
-        scales: *const [f32; 2],
-        blocks: usize,
-        a: &mut [__m256; M],
-        b: &mut [__m256; M],
-    ) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let d = _mm256_cvtph_ps(_mm_loadu_si128(w.cast()));
-            let min = if MIN {
-                _mm256_cvtph_ps(_mm_loadu_si128(w.add(16).cast()))
-            } else {
-                _mm256_setzero_ps()
-            };
-            for i in 0..M {
-                let s = scales.add(i * blocks).cast::<f32>();
-                let both = _mm256_mul_ps(d, _mm256_broadcast_ss(&*s));
-                a[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[i]), both, a[i]);
-                if MIN {
-                    b[i] = _mm256_fmadd_ps(min, _mm256_broadcast_ss(&*s.add(1)), b[i]);
-                }
-            }
-        }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn finish<const M: usize, const MIN: bool>(
-        a: [__m256; M],
-        b: [__m256; M],
-        tile: &mut [[f32; GROUP]; 4],
-    ) {
-        for i in 0..M {
-            let sum = if MIN { _mm256_add_ps(a[i], b[i]) } else { a[i] };
-            // SAFETY: a tile row is eight floats.
-            unsafe { _mm256_storeu_ps(tile[i].as_mut_ptr(), sum) };
-        }
-    }
-
-    /// Four adjacent codes of a row, in every lane.
-    ///
-    /// # Safety
-    /// `q` is valid for 4 bytes.
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    unsafe fn spread(q: *const i8) -> __m256i {
-        // SAFETY: the caller's promise.
-        _mm256_set1_epi32(unsafe { q.cast::<i32>().read_unaligned() })
-    }
-
-    /// Writes one kernel: the loop over blocks around `$dots`, which turns block
-    /// `$w` and codes `$q` (rows `$k` apart, number `$at` of the blocks) into
-    /// exact integer sums.
-    macro_rules! kernel {
-        ($name:ident, $features:literal, <$M:ident $(, $MIN:ident)?>, $min:expr, $stride:expr,
-         |$w:ident, $q:ident, $k:ident, $sums:ident, $blocks:ident| $dots:block) => {
-            /// # Safety
-            /// As [`tile`].
-            #[target_feature(enable = $features)]
-            unsafe fn $name<const $M: usize $(, const $MIN: bool)?>(
-                data: &[u8],
-                rows: Rows,
-                r: usize,
-                tile: &mut [[f32; GROUP]; 4],
-            ) {
-                let ($k, $blocks) = (rows.k, rows.k / BLOCK);
-                let mut a = [_mm256_setzero_ps(); $M];
-                let mut b = [_mm256_setzero_ps(); $M];
-                for block in 0..$blocks {
-                    // SAFETY: `tile` checked the lengths.
-                    unsafe {
-                        let $w = data.as_ptr().add(block * $stride);
-                        let $q = rows.codes.as_ptr().add(r * $k + block * BLOCK);
-                        let $sums = rows.sums.as_ptr().add(r * $blocks + block);
-                        let dots: [__m256i; $M] = $dots;
-                        let _ = $sums;
-                        let scales = rows.scales.as_ptr().add(r * $blocks + block);
-                        scale::<$M, { $min }>(dots, $w, scales, $blocks, &mut a, &mut b);
-                    }
-                }
-                finish::<$M, { $min }>(a, b, tile);
-            }
-        };
-    }
-
-    // Codes reach 15: a sum of 8 × 2 products, each at most 15·127, is 30480
-    // and fits 16 bits, so one widening serves the block.
-    kernel!(nibble_avx2, "avx2,fma,f16c", <M>, true, Kind::Nibble.stride(), |w, q, k, sums, blocks| {
-        let mut acc = [_mm256_setzero_si256(); M];
-        for s in 0..4 {
-            let both = _mm256_loadu_si256(w.add(32 + s * 32).cast());
-            let low = _mm256_and_si256(both, _mm256_set1_epi8(15));
-            let high = _mm256_and_si256(_mm256_srli_epi16::<4>(both), _mm256_set1_epi8(15));
-            for (i, acc) in acc.iter_mut().enumerate() {
-                let x = _mm256_maddubs_epi16(low, spread(q.add(i * k + s * 4)));
-                let y = _mm256_maddubs_epi16(high, spread(q.add(i * k + s * 4 + 16)));
-                *acc = _mm256_add_epi16(*acc, _mm256_add_epi16(x, y));
-            }
-        }
-        acc.map(|x| _mm256_madd_epi16(x, _mm256_set1_epi16(1)))
-    });
-
-    kernel!(nibble_vnni, "avx2,fma,f16c,avx512vnni,avx512vl", <M>, true, Kind::Nibble.stride(), |w, q, k, sums, blocks| {
-        let mut acc = [_mm256_setzero_si256(); M];
-        for s in 0..4 {
-            let both = _mm256_loadu_si256(w.add(32 + s * 32).cast());
-            let low = _mm256_and_si256(both, _mm256_set1_epi8(15));
-            let high = _mm256_and_si256(_mm256_srli_epi16::<4>(both), _mm256_set1_epi8(15));
-            for (i, acc) in acc.iter_mut().enumerate() {
-                *acc = _mm256_dpbusd_epi32(*acc, low, spread(q.add(i * k + s * 4)));
-                *acc = _mm256_dpbusd_epi32(*acc, high, spread(q.add(i * k + s * 4 + 16)));
-            }
-        }
-        acc
-    });
-
-    // |w| ≤ 128 and |q| ≤ 127: a pair is at most 32512 and fits 16 bits.
-    kernel!(byte_avx2, "avx2,fma,f16c", <M, MIN>, MIN, 16 + 16 * MIN as usize + 256, |w, q, k, sums, blocks| {
-        let mut acc = [_mm256_setzero_si256(); M];
-        for s in 0..8 {
-            let signed = _mm256_loadu_si256(w.add(16 + 16 * MIN as usize + s * 32).cast());
-            let size = _mm256_abs_epi8(signed);
-            for (i, acc) in acc.iter_mut().enumerate() {
-                let x = _mm256_sign_epi8(spread(q.add(i * k + s * 4)), signed);
-                let pairs = _mm256_maddubs_epi16(size, x);
-                *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-            }
-        }
-        acc
-    });
-
-    // Codes are shifted by 128 to be unsigned, and 128·Σq is taken off again.
-    kernel!(byte_vnni, "avx2,fma,f16c,avx512vnni,avx512vl", <M, MIN>, MIN, 16 + 16 * MIN as usize + 256, |w, q, k, sums, blocks| {
-        let mut acc = [_mm256_setzero_si256(); M];
-        for (i, acc) in acc.iter_mut().enumerate() {
-            *acc = _mm256_set1_epi32(-128 * *sums.add(i * blocks));
-        }
-        for s in 0..8 {
-            let signed = _mm256_loadu_si256(w.add(16 + 16 * MIN as usize + s * 32).cast());
-            let shifted = _mm256_xor_si256(signed, _mm256_set1_epi8(-128));
-            for (i, acc) in acc.iter_mut().enumerate() {
-                *acc = _mm256_dpbusd_epi32(*acc, shifted, spread(q.add(i * k + s * 4)));
-            }
-        }
-        acc
-    });
 }
 
 #[cfg(test)]
@@ -531,15 +313,24 @@ mod tests {
         let mut bytes = Vec::new();
         if quantize(dtype, &values, &mut bytes).is_err() {
             let block = dtype.block_bytes();
-            let len = dtype.bytes_for(n * k).unwrap();
-            bytes = (0..len).map(|i| if i % block < 4 { 0x20 } else { (values[i] * 128.0) as i8 as u8 }).collect();
+            // Small scales where the type keeps them, any bits elsewhere.
+            let scales = match dtype {
+                DType::Q2_K => 80..84,
+                DType::Q3_K => 108..110,
+                DType::Q6_K => 208..210,
+                _ => 0..if dtype.block_len() == 32 && dtype != DType::Q5_1 { 2 } else { 4 },
+            };
+            bytes = (0..dtype.bytes_for(n * k).unwrap())
+                .map(|i| if scales.contains(&(i % block)) { 0x20 } else { (values[i] * 128.0) as i8 as u8 })
+                .collect();
         }
         bytes
     }
 
-    const TYPES: [DType; 9] = [
-        DType::Q4_1, DType::Q4_0, DType::Q8_0, DType::Q5_0, DType::Q5_1,
-        DType::F32, DType::F16, DType::BF16, DType::Q4_K,
+    const TYPES: [DType; 14] = [
+        DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q8_0, DType::IQ4_NL,
+        DType::Q2_K, DType::Q3_K, DType::Q4_K, DType::Q5_K, DType::Q6_K,
+        DType::F32, DType::F16, DType::BF16,
     ];
 
     fn bits(x: &[f32]) -> Vec<u32> {
@@ -553,7 +344,7 @@ mod tests {
             m in 1usize..11, n in 1usize..40, blocks in 1usize..5, seed in 0u64..1000,
         ) {
             for dtype in TYPES {
-                let k = blocks * if dtype == DType::Q4_K { 256 } else { 32 };
+                let k = blocks * dtype.block_len().max(32);
                 let bytes = rows(dtype, n, k, seed);
                 let w = PackedMatrix::from_rows(dtype, n, k, &bytes).unwrap();
                 let mut x = noise(m * k, seed + 1);

@@ -1,37 +1,96 @@
-//! Weights as the matmul reads them: eight rows side by side.
+//! Weights as the matmul reads them: sixteen rows side by side.
 //!
-//! Rows go in groups of eight, the last group padded with zeros. A group is a
-//! run of k-blocks; a k-block of a quantized matrix holds, for 32 k,
+//! Rows go in groups of sixteen, the last group padded with zeros. A group of a
+//! quantized matrix is its heads (scales and minimums), padded to 64 bytes, then
+//! its codes, block after block of 32 k:
 //!
-//! - eight `f16` scales, then (if the kind has minimums) eight `f16` minimums;
-//! - the codes as eight steps of 4 k × 8 columns, a column's 4 k adjacent, so
-//!   that one 256-bit byte dot product serves eight columns. 4-bit codes put
-//!   step s in the low and step s + 4 in the high halves of the same 32 bytes.
+//! - codes are eight steps of 4 k × 16 columns, a column's 4 k adjacent, so that
+//!   one 512-bit byte dot product serves sixteen columns (and one AMX tile is
+//!   sixteen steps as they lie). Narrow codes put the low four bits of step s in
+//!   the low and of step s + 4 in the high halves of the same 64 bytes; the fifth
+//!   and sixth bit follow as bit planes, 64 bits a step.
+//! - heads are, for kinds with one scale a block: 16 `f16` scales (and 16 `f16`
+//!   minimums) a block; for K kinds, a run of 256 k: 16 `f16` factors (and 16 of
+//!   the minimums), then for each block 16 (or twice 16, for halves of a block)
+//!   bytes of scale and as many of minimum.
 //!
-//! Plain matrices are `[group][k][8]` of `f32` or 16-bit floats.
+//! Plain matrices are `[group][k][16]` of `f32` or 16-bit floats.
 //!
-//! A value is `scale * code + minimum`. Q4_0 becomes that form exactly (minimum
-//! −8·scale), Q5 codes take a byte each. Rejected: K-quants in packed form; they
-//! are unpacked to `f32` until a model here needs them small.
+//! Every kind keeps what its file says bit for bit: a value is
+//! `scale * (code − offset) ± minimum` in the order [`crate::dequantize`] has.
+//! What may not happen here: rounding a scale to make two kinds one.
 
 use crate::{KernelError, quants};
 use ashlar_core::DType;
 use half::{bf16, f16};
+use std::{alloc::Layout, ptr::NonNull};
 
 /// Columns of a group.
-pub(crate) const GROUP: usize = 8;
+pub(crate) const GROUP: usize = 16;
 /// Values along k in a block.
 pub(crate) const BLOCK: usize = 32;
+/// Blocks that share the factors of a K kind.
+pub(crate) const SUPER: usize = 8;
+
+/// How wide codes are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Codes {
+    /// Four bits.
+    Nibble,
+    /// Five bits.
+    Five,
+    /// Six bits.
+    Six,
+    /// A byte.
+    Byte,
+    /// Four bits that choose from IQ4_NL's sixteen values.
+    Table,
+}
+
+/// Where a scale or minimum holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Per {
+    /// There is none.
+    Nothing,
+    /// `f16` a block of 32.
+    Block,
+    /// `f16` a run of 256, times a byte a block of 32.
+    Sub32,
+    /// `f16` a run of 256, times a byte a half block of 16.
+    Sub16,
+}
+
+impl Per {
+    /// Bytes of factors a column has in a head of a run (K kinds) or a block.
+    const fn factor(self) -> usize {
+        if matches!(self, Self::Nothing) { 0 } else { 2 }
+    }
+
+    /// Sub-scales a column has in a block.
+    pub(crate) const fn subs(self) -> usize {
+        match self {
+            Self::Nothing | Self::Block => 0,
+            Self::Sub32 => 1,
+            Self::Sub16 => 2,
+        }
+    }
+}
+
+/// One kind of quantized matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Format {
+    pub(crate) codes: Codes,
+    /// Taken off each (unsigned) code; a power of two or 0.
+    pub(crate) offset: i32,
+    pub(crate) scale: Per,
+    pub(crate) min: Per,
+}
 
 /// What a packed matrix is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// 4-bit codes 0..=15 with minimums.
-    Nibble,
-    /// Signed byte codes.
-    Byte,
-    /// Signed byte codes with minimums.
-    ByteMin,
+    /// One of [`FORMATS`], by its index.
+    Quantized(usize),
     /// `f32`.
     F32,
     /// IEEE half precision.
@@ -40,29 +99,143 @@ pub(crate) enum Kind {
     BF16,
 }
 
+const fn format(codes: Codes, offset: i32, scale: Per, min: Per) -> Format {
+    Format { codes, offset, scale, min }
+}
+
+/// The quantized kinds and the file types they hold.
+pub(crate) const TYPES: [DType; 11] = [
+    DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q8_0, DType::IQ4_NL,
+    DType::Q2_K, DType::Q3_K, DType::Q4_K, DType::Q5_K, DType::Q6_K,
+];
+/// In the order of [`TYPES`].
+pub(crate) const FORMATS: [Format; 11] = [
+    format(Codes::Nibble, 8, Per::Block, Per::Nothing),
+    format(Codes::Nibble, 0, Per::Block, Per::Block),
+    format(Codes::Five, 16, Per::Block, Per::Nothing),
+    format(Codes::Five, 0, Per::Block, Per::Block),
+    format(Codes::Byte, 128, Per::Block, Per::Nothing),
+    format(Codes::Table, 128, Per::Block, Per::Nothing),
+    format(Codes::Nibble, 0, Per::Sub16, Per::Sub16),
+    format(Codes::Nibble, 4, Per::Sub16, Per::Nothing),
+    format(Codes::Nibble, 0, Per::Sub32, Per::Sub32),
+    format(Codes::Five, 0, Per::Sub32, Per::Sub32),
+    format(Codes::Six, 32, Per::Sub16, Per::Nothing),
+];
+
+impl Format {
+    /// Whether scales come in runs of 256.
+    pub(crate) const fn is_super(self) -> bool {
+        self.scale.subs() > 0
+    }
+
+    /// Bytes of codes in a block of a group.
+    pub(crate) const fn code_bytes(self) -> usize {
+        match self.codes {
+            Codes::Nibble | Codes::Table => 256,
+            Codes::Five => 256 + 64,
+            Codes::Six => 256 + 128,
+            Codes::Byte => 512,
+        }
+    }
+
+    /// Bytes of factors at the start of a head.
+    pub(crate) const fn factor_bytes(self) -> usize {
+        GROUP * (self.scale.factor() + self.min.factor())
+    }
+
+    /// Bytes of one block's sub-scales and minimums.
+    pub(crate) const fn sub_bytes(self) -> usize {
+        GROUP * (self.scale.subs() + self.min.subs())
+    }
+
+    /// Bytes of one head: of a run of 256 for K kinds, else of a block.
+    pub(crate) const fn head_bytes(self) -> usize {
+        self.factor_bytes() + if self.is_super() { SUPER * self.sub_bytes() } else { 0 }
+    }
+
+    /// Bytes of a group's heads, padded.
+    pub(crate) const fn heads_bytes(self, blocks: usize) -> usize {
+        let heads = if self.is_super() { blocks / SUPER } else { blocks };
+        (heads * self.head_bytes()).next_multiple_of(64)
+    }
+}
+
 impl Kind {
-    /// Bytes of the scales and minimums at the head of a k-block.
-    pub(crate) const fn head(self) -> usize {
-        match self {
-            Self::Nibble | Self::ByteMin => 32,
-            Self::Byte => 16,
-            _ => 0,
+    const fn of(dtype: DType) -> Self {
+        let mut i = 0;
+        while i < TYPES.len() {
+            if TYPES[i] as u8 == dtype as u8 {
+                return Self::Quantized(i);
+            }
+            i += 1;
+        }
+        match dtype {
+            DType::F16 => Self::F16,
+            DType::BF16 => Self::BF16,
+            _ => Self::F32,
         }
     }
 
-    /// Bytes of one group's k-block (quantized) or of one k (plain).
-    pub(crate) const fn stride(self) -> usize {
+    /// Bytes of one group over `k`.
+    const fn group_bytes(self, k: usize) -> usize {
         match self {
-            Self::Nibble => 32 + 128,
-            Self::Byte => 16 + 256,
-            Self::ByteMin => 32 + 256,
-            Self::F32 => 32,
-            Self::F16 | Self::BF16 => 16,
+            Self::Quantized(f) => {
+                FORMATS[f].heads_bytes(k / BLOCK) + k / BLOCK * FORMATS[f].code_bytes()
+            }
+            Self::F32 => k * GROUP * 4,
+            Self::F16 | Self::BF16 => k * GROUP * 2,
         }
     }
+}
 
-    pub(crate) const fn quantized(self) -> bool {
-        matches!(self, Self::Nibble | Self::Byte | Self::ByteMin)
+/// Bytes that begin at a cache line. Zeroed memory comes from the system page by
+/// page as it is first touched.
+pub(crate) struct Bytes {
+    at: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: it owns its memory, as a boxed slice does.
+unsafe impl Send for Bytes {}
+// SAFETY: shared access only reads.
+unsafe impl Sync for Bytes {}
+
+impl Bytes {
+    pub(crate) fn zeroed(len: usize) -> Self {
+        let layout = Self::layout(len);
+        // SAFETY: the layout is not empty.
+        let at = unsafe { std::alloc::alloc_zeroed(layout) };
+        let at = NonNull::new(at).unwrap_or_else(|| std::alloc::handle_alloc_error(layout));
+        Self { at, len }
+    }
+
+    fn layout(len: usize) -> Layout {
+        // A length that no machine has: as for a vector, there is no going on.
+        Layout::from_size_align(len.max(64), 64).unwrap_or_else(|_| panic!("{len} bytes"))
+    }
+}
+
+impl Drop for Bytes {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout.
+        unsafe { std::alloc::dealloc(self.at.as_ptr(), Self::layout(self.len)) };
+    }
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: `len` bytes are ours and initialized.
+        unsafe { std::slice::from_raw_parts(self.at.as_ptr(), self.len) }
+    }
+}
+
+impl std::ops::DerefMut for Bytes {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.at.as_ptr(), self.len) }
     }
 }
 
@@ -72,7 +245,7 @@ pub struct PackedMatrix {
     k: usize,
     dtype: DType,
     kind: Kind,
-    data: Vec<u8>,
+    data: Bytes,
 }
 
 impl std::fmt::Debug for PackedMatrix {
@@ -97,43 +270,43 @@ impl PackedMatrix {
             let (values, expected) = (n.saturating_mul(k), row.saturating_mul(n));
             return Err(KernelError::Length { dtype, values, expected, got: bytes.len() });
         }
-        let kind = match dtype {
-            DType::Q4_0 | DType::Q4_1 => Kind::Nibble,
-            DType::Q5_0 | DType::Q8_0 => Kind::Byte,
-            DType::Q5_1 => Kind::ByteMin,
-            DType::F16 => Kind::F16,
-            DType::BF16 => Kind::BF16,
-            _ => Kind::F32,
-        };
-        let steps = if kind.quantized() { k / BLOCK } else { k };
-        let data = vec![0; n.div_ceil(GROUP) * steps * kind.stride()];
-        let mut packed = Self { n, k, dtype, kind, data };
+        let kind = Kind::of(dtype);
+        let size = kind.group_bytes(k);
+        let mut data = Bytes::zeroed(n.div_ceil(GROUP) * size);
         let mut plain = vec![0.0; if kind == Kind::F32 { k } else { 0 }];
         for r in 0..n {
             let src = &bytes[r * row..][..row];
-            let (group, col) = (r / GROUP, r % GROUP);
-            let dst = &mut packed.data[group * steps * kind.stride()..];
+            let col = r % GROUP;
+            let dst = &mut data[r / GROUP * size..][..size];
             match kind {
                 Kind::F32 => {
                     quants::dequantize(dtype, src, &mut plain)?;
-                    for (d, v) in dst.chunks_exact_mut(32).zip(&plain) {
+                    for (d, v) in dst.chunks_exact_mut(4 * GROUP).zip(&plain) {
                         d[col * 4..][..4].copy_from_slice(&v.to_le_bytes());
                     }
                 }
                 Kind::F16 | Kind::BF16 => {
-                    for (d, s) in dst.chunks_exact_mut(16).zip(src.chunks_exact(2)) {
+                    for (d, s) in dst.chunks_exact_mut(2 * GROUP).zip(src.chunks_exact(2)) {
                         d[col * 2..][..2].copy_from_slice(s);
                     }
                 }
-                _ => {
-                    let blocks = src.chunks_exact(dtype.block_bytes());
-                    for (d, s) in dst.chunks_exact_mut(kind.stride()).zip(blocks) {
-                        pack_block(dtype, kind, s, col, d);
+                Kind::Quantized(f) => {
+                    let f = FORMATS[f];
+                    let (heads, codes) = dst.split_at_mut(f.heads_bytes(k / BLOCK));
+                    let span = if f.is_super() { SUPER } else { 1 };
+                    let heads = heads.chunks_exact_mut(f.head_bytes());
+                    let codes = codes.chunks_exact_mut(span * f.code_bytes());
+                    for ((s, head), codes) in src.chunks_exact(dtype.block_bytes()).zip(heads).zip(codes) {
+                        pack_head(dtype, f, s, col, head);
+                        let parts = quants::codes(dtype, s);
+                        for (part, codes) in parts.chunks_exact(BLOCK).zip(codes.chunks_exact_mut(f.code_bytes())) {
+                            pack_codes(f, part, col, codes);
+                        }
                     }
                 }
             }
         }
-        Ok(packed)
+        Ok(Self { n, k, dtype, kind, data })
     }
 
     /// Rows: the width of the product.
@@ -160,17 +333,14 @@ impl PackedMatrix {
         self.kind
     }
 
-    /// Bytes of one group of eight columns.
-    pub(crate) fn group_bytes(&self) -> usize {
-        self.kind.stride() * if self.kind.quantized() { self.k / BLOCK } else { self.k }
-    }
-
     pub(crate) fn groups(&self) -> usize {
         self.n.div_ceil(GROUP)
     }
 
+    /// The bytes of group `g`.
     pub(crate) fn group(&self, g: usize) -> &[u8] {
-        &self.data[g * self.group_bytes()..][..self.group_bytes()]
+        let size = self.kind.group_bytes(self.k);
+        &self.data[g * size..][..size]
     }
 
     /// Writes row `i`, the same values [`crate::dequantize`] gives.
@@ -181,41 +351,106 @@ impl PackedMatrix {
         assert!(i < self.n, "row {i} of {}", self.n);
         assert_eq!(out.len(), self.k, "length of a row");
         let (data, col) = (self.group(i / GROUP), i % GROUP);
-        if self.kind.quantized() {
-            for (b, out) in data.chunks_exact(self.kind.stride()).zip(out.chunks_exact_mut(BLOCK)) {
-                let (scale, min) = (half_at(b, col), block_min(self.kind, b, col));
-                for (i, o) in out.iter_mut().enumerate() {
-                    *o = code(self.kind, b, col, i) as f32 * scale + min;
+        match self.kind {
+            Kind::Quantized(f) => {
+                let f = FORMATS[f];
+                for (b, out) in out.chunks_exact_mut(BLOCK).enumerate() {
+                    let block = Block::at(f, data, self.k / BLOCK, b);
+                    for (i, o) in out.iter_mut().enumerate() {
+                        *o = block.value(col, i);
+                    }
                 }
             }
-        } else {
-            for (step, o) in data.chunks_exact(self.kind.stride()).zip(out) {
-                *o = plain(self.kind, step, col);
+            kind => {
+                for (step, o) in data.chunks_exact(data.len() / self.k).zip(out) {
+                    *o = plain(kind, step, col);
+                }
             }
         }
     }
 }
 
-/// The `f16` number `index` of a block's head.
-#[inline(always)]
-pub(crate) fn half_at(block: &[u8], index: usize) -> f32 {
-    f16::from_le_bytes([block[index * 2], block[index * 2 + 1]]).to_f32()
+/// One block of a group, read the plain way.
+pub(crate) struct Block<'a> {
+    f: Format,
+    factors: &'a [u8],
+    subs: &'a [u8],
+    codes: &'a [u8],
 }
 
-/// A column's minimum in a block.
-pub(crate) fn block_min(kind: Kind, block: &[u8], col: usize) -> f32 {
-    if kind == Kind::Byte { 0.0 } else { half_at(block, GROUP + col) }
-}
+impl<'a> Block<'a> {
+    /// Block `b` of `blocks` in a group's bytes.
+    pub(crate) fn at(f: Format, group: &'a [u8], blocks: usize, b: usize) -> Self {
+        let (heads, codes) = group.split_at(f.heads_bytes(blocks));
+        let (run, within) = if f.is_super() { (b / SUPER, b % SUPER) } else { (b, 0) };
+        let head = &heads[run * f.head_bytes()..][..f.head_bytes()];
+        let (factors, subs) = head.split_at(f.factor_bytes());
+        let subs = &subs[within * f.sub_bytes()..][..f.sub_bytes()];
+        Self { f, factors, subs, codes: &codes[b * f.code_bytes()..][..f.code_bytes()] }
+    }
 
-/// A column's code for k number `i` of a block.
-#[inline(always)]
-pub(crate) fn code(kind: Kind, block: &[u8], col: usize, i: usize) -> i32 {
-    let (step, within) = (i / 4, i % 4);
-    if kind == Kind::Nibble {
-        let byte = block[kind.head() + step % 4 * 32 + col * 4 + within];
-        i32::from(byte >> (step / 4 * 4) & 15)
-    } else {
-        i32::from(block[kind.head() + step * 32 + col * 4 + within] as i8)
+    fn factor(&self, index: usize) -> f32 {
+        f16::from_le_bytes([self.factors[index * 2], self.factors[index * 2 + 1]]).to_f32()
+    }
+
+    /// A column's `f16` scale.
+    pub(crate) fn scale(&self, col: usize) -> f32 {
+        self.factor(col)
+    }
+
+    /// A column's `f16` minimum.
+    pub(crate) fn min(&self, col: usize) -> f32 {
+        if self.f.min == Per::Nothing { 0.0 } else { self.factor(GROUP + col) }
+    }
+
+    /// A column's scale byte for a half of the block; 1 where there is none.
+    pub(crate) fn sub(&self, col: usize, half: usize) -> i32 {
+        match self.f.scale.subs() {
+            0 => 1,
+            1 => i32::from(self.subs[col]),
+            _ => i32::from(self.subs[half * GROUP + col] as i8),
+        }
+    }
+
+    /// A column's minimum byte for a half of the block; 1 where there is none.
+    pub(crate) fn sub_min(&self, col: usize, half: usize) -> i32 {
+        let at = self.f.scale.subs() * GROUP;
+        match self.f.min.subs() {
+            0 => 1,
+            1 => i32::from(self.subs[at + col]),
+            _ => i32::from(self.subs[at + half * GROUP + col]),
+        }
+    }
+
+    /// A column's code for k number `i`, its offset taken off.
+    pub(crate) fn code(&self, col: usize, i: usize) -> i32 {
+        let (step, lane) = (i / 4, col * 4 + i % 4);
+        let narrow = || i32::from(self.codes[step % 4 * 64 + lane] >> (step / 4 * 4) & 15);
+        let plane = |p: usize| {
+            let at = 256 + p * 64 + step * 8 + lane / 8;
+            i32::from(self.codes[at] >> (lane % 8) & 1)
+        };
+        let code = match self.f.codes {
+            Codes::Nibble => narrow(),
+            Codes::Five => narrow() | plane(0) << 4,
+            Codes::Six => narrow() | plane(0) << 4 | plane(1) << 5,
+            Codes::Byte => i32::from(self.codes[step * 64 + lane]),
+            Codes::Table => i32::from(quants::IQ4_NL[narrow() as usize]) + 128,
+        };
+        code - self.f.offset
+    }
+
+    fn value(&self, col: usize, i: usize) -> f32 {
+        let (half, code) = (i / 16, self.code(col, i) as f32);
+        match (self.f.scale, self.f.min) {
+            (Per::Block, Per::Nothing) => code * self.scale(col),
+            (Per::Block, _) => code * self.scale(col) + self.min(col),
+            (_, Per::Nothing) => self.scale(col) * self.sub(col, half) as f32 * code,
+            _ => {
+                let min = self.min(col) * self.sub_min(col, half) as f32;
+                self.scale(col) * self.sub(col, half) as f32 * code - min
+            }
+        }
     }
 }
 
@@ -232,32 +467,45 @@ pub(crate) fn plain(kind: Kind, step: &[u8], col: usize) -> f32 {
     }
 }
 
-fn pack_block(dtype: DType, kind: Kind, src: &[u8], col: usize, dst: &mut [u8]) {
-    dst[col * 2..][..2].copy_from_slice(&src[..2]);
-    let min = match dtype {
-        DType::Q4_0 => Some(f16::from_f32(half_at(src, 0) * -8.0).to_le_bytes()),
-        DType::Q4_1 | DType::Q5_1 => Some([src[2], src[3]]),
-        _ => None,
-    };
-    if let Some(min) = min {
-        dst[(GROUP + col) * 2..][..2].copy_from_slice(&min);
+/// Writes one column of a head from a file's block.
+fn pack_head(dtype: DType, f: Format, src: &[u8], col: usize, head: &mut [u8]) {
+    let parts = quants::scales(dtype, src);
+    head[col * 2..][..2].copy_from_slice(&parts.scale);
+    if f.min != Per::Nothing {
+        head[(GROUP + col) * 2..][..2].copy_from_slice(&parts.min);
     }
-    let codes: [u8; BLOCK] = match dtype {
-        DType::Q8_0 => std::array::from_fn(|i| src[2 + i]),
-        DType::Q5_0 => quants::fives(&src[2..]).map(|q| q.wrapping_sub(16)),
-        DType::Q5_1 => quants::fives(&src[4..]),
-        _ => {
-            let s = &src[src.len() - 16..];
-            std::array::from_fn(|i| if i < 16 { s[i] & 15 } else { s[i - 16] >> 4 })
+    if !f.is_super() {
+        return;
+    }
+    let per = |per: Per, b: usize, half: usize| if per == Per::Sub16 { b * 2 + half } else { b };
+    let subs = head[f.factor_bytes()..].chunks_exact_mut(f.sub_bytes());
+    for (b, sub) in subs.enumerate() {
+        let (scales, mins) = sub.split_at_mut(f.scale.subs() * GROUP);
+        for half in 0..f.scale.subs() {
+            scales[half * GROUP + col] = parts.subs[per(f.scale, b, half)];
         }
-    };
-    let dst = &mut dst[kind.head()..];
-    for (i, q) in codes.into_iter().enumerate() {
-        let (step, at) = (i / 4, col * 4 + i % 4);
-        if kind == Kind::Nibble {
-            dst[step % 4 * 32 + at] |= q << (step / 4 * 4);
-        } else {
-            dst[step * 32 + at] = q;
+        for half in 0..f.min.subs() {
+            mins[half * GROUP + col] = parts.mins[per(f.min, b, half)];
+        }
+    }
+}
+
+/// Writes one column of a block of codes.
+fn pack_codes(f: Format, codes: &[u8], col: usize, dst: &mut [u8]) {
+    for (i, &q) in codes.iter().enumerate() {
+        let (step, lane) = (i / 4, col * 4 + i % 4);
+        if f.codes == Codes::Byte {
+            dst[step * 64 + lane] = q;
+            continue;
+        }
+        dst[step % 4 * 64 + lane] |= (q & 15) << (step / 4 * 4);
+        let planes = match f.codes {
+            Codes::Five => 1,
+            Codes::Six => 2,
+            _ => 0,
+        };
+        for p in 0..planes {
+            dst[256 + p * 64 + step * 8 + lane / 8] |= (q >> (4 + p) & 1) << (lane % 8);
         }
     }
 }

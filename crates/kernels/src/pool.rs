@@ -276,6 +276,36 @@ mod tests {
     }
 
     #[test]
+    fn more_threads_than_processors_lose_nothing() {
+        let pool = Pool::new(4 * thread::available_parallelism().map_or(1, usize::from) + 8);
+        let since = Instant::now();
+        for tasks in 1..300 {
+            let counts: Vec<_> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+            pool.run(tasks, |t, _| { counts[t].fetch_add(1, Ordering::Relaxed); });
+            assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
+        }
+        // A run takes microseconds; one in ten waiting for a time slice, not
+        // one time slice a thread and run.
+        assert!(since.elapsed() < Duration::from_secs(20), "{:?}", since.elapsed());
+    }
+
+    #[test]
+    fn panics_upon_panics_leave_the_pool_whole() {
+        for threads in [1, 2, 9] {
+            let pool = Pool::new(threads);
+            for round in 0..50 {
+                let died = catch_unwind(AssertUnwindSafe(|| {
+                    pool.run(8, |t, _| assert_ne!(t % 3, round % 3, "some tasks"));
+                }));
+                assert!(died.is_err());
+                let total = AtomicUsize::new(0);
+                pool.run(40, |_, _| { total.fetch_add(1, Ordering::Relaxed); });
+                assert_eq!(total.into_inner(), 40);
+            }
+        }
+    }
+
+    #[test]
     fn a_task_panic_reaches_the_caller_and_the_pool_lives_on() {
         let pool = Pool::new(2);
         let died = catch_unwind(AssertUnwindSafe(|| {

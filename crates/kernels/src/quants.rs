@@ -14,7 +14,7 @@ fn f16_at(block: &[u8], at: usize) -> f32 {
 
 /// Writes the values of `src` to `dst`, whose length says how many.
 ///
-/// Takes F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K.
+/// Takes F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL and Q2_K to Q6_K.
 ///
 /// # Errors
 /// Another type, or bytes that are not exactly those of `dst.len()` values.
@@ -94,6 +94,30 @@ pub fn dequantize(dtype: DType, src: &[u8], dst: &mut [f32]) -> Result<(), Kerne
                 *d = scale * sub * (i32::from(low | high << 4) - 32) as f32;
             }
         },
+        DType::IQ4_NL => |s, d| {
+            let scale = f16_at(s, 0);
+            for i in 0..16 {
+                d[i] = f32::from(IQ4_NL[usize::from(s[2 + i] & 15)]) * scale;
+                d[i + 16] = f32::from(IQ4_NL[usize::from(s[2 + i] >> 4)]) * scale;
+            }
+        },
+        DType::Q2_K => |s, d| {
+            let (scale, min) = (f16_at(s, 80), f16_at(s, 82));
+            for (e, d) in d.iter_mut().enumerate() {
+                // Halves of 128 values: four runs of 32, two bits each.
+                let code = s[16 + e / 128 * 32 + e % 32] >> (e / 32 % 4 * 2) & 3;
+                let sub = s[e / 16];
+                *d = scale * f32::from(sub & 15) * f32::from(code) - min * f32::from(sub >> 4);
+            }
+        },
+        DType::Q3_K => |s, d| {
+            let scale = f16_at(s, 108);
+            for (e, d) in d.iter_mut().enumerate() {
+                let low = s[32 + e / 128 * 32 + e % 32] >> (e / 32 % 4 * 2) & 3;
+                let high = s[e % 32] >> (e / 32) & 1;
+                *d = scale * f32::from(q3_scale(&s[96..108], e / 16)) * (i32::from(low | high << 2) - 4) as f32;
+            }
+        },
         _ => return Err(KernelError::Unsupported { action: "dequantizing", dtype }),
     };
     let blocks = src.chunks_exact(dtype.block_bytes());
@@ -101,6 +125,102 @@ pub fn dequantize(dtype: DType, src: &[u8], dst: &mut [f32]) -> Result<(), Kerne
         decode(s, d);
     }
     Ok(())
+}
+
+/// The sixteen values of IQ4_NL.
+pub(crate) const IQ4_NL: [i8; 16] =
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+
+/// Scale `j` of a Q3_K block's 12 packed bytes: four low bits in the first
+/// eight bytes, two high bits in the last four.
+fn q3_scale(s: &[u8], j: usize) -> i8 {
+    let low = s[j % 8] >> (j / 8 * 4) & 15;
+    let high = s[8 + j % 4] >> (j / 4 * 2) & 3;
+    (low | high << 4) as i8 - 32
+}
+
+/// The scales of one block, as a packed matrix keeps them.
+#[derive(Default)]
+pub(crate) struct Scales {
+    /// `f16` bytes of the scale (or of a K block's factor).
+    pub(crate) scale: [u8; 2],
+    /// `f16` bytes of the minimum (or of a K block's factor).
+    pub(crate) min: [u8; 2],
+    /// A K block's sub-scales: 8 of 32 values, or 16 of 16.
+    pub(crate) subs: [u8; 16],
+    /// Its minimums, likewise.
+    pub(crate) mins: [u8; 16],
+}
+
+/// Takes a quantized block's scales apart. The block is of the type's length.
+pub(crate) fn scales(dtype: DType, s: &[u8]) -> Scales {
+    let at = |i: usize| [s[i], s[i + 1]];
+    let mut out = Scales { scale: at(0), ..Scales::default() };
+    match dtype {
+        DType::Q4_1 | DType::Q5_1 => out.min = at(2),
+        DType::Q4_K | DType::Q5_K => {
+            out.min = at(2);
+            for j in 0..8 {
+                (out.subs[j], out.mins[j]) = k_scale(&s[4..16], j);
+            }
+        }
+        DType::Q6_K => {
+            out.scale = at(208);
+            out.subs.copy_from_slice(&s[192..208]);
+        }
+        DType::Q3_K => {
+            out.scale = at(108);
+            out.subs = std::array::from_fn(|j| q3_scale(&s[96..108], j) as u8);
+        }
+        DType::Q2_K => {
+            (out.scale, out.min) = (at(80), at(82));
+            out.subs = std::array::from_fn(|j| s[j] & 15);
+            out.mins = std::array::from_fn(|j| s[j] >> 4);
+        }
+        _ => {}
+    }
+    out
+}
+
+/// A quantized block's codes as unsigned numbers, in order. The first 32, or
+/// for K types 256, count.
+pub(crate) fn codes(dtype: DType, s: &[u8]) -> [u8; 256] {
+    let mut out = [0; 256];
+    let nibbles = |out: &mut [u8], s: &[u8]| {
+        for i in 0..16 {
+            (out[i], out[i + 16]) = (s[i] & 15, s[i] >> 4);
+        }
+    };
+    match dtype {
+        DType::Q4_0 | DType::IQ4_NL => nibbles(&mut out, &s[2..]),
+        DType::Q4_1 => nibbles(&mut out, &s[4..]),
+        DType::Q5_0 => out[..32].copy_from_slice(&fives(&s[2..])),
+        DType::Q5_1 => out[..32].copy_from_slice(&fives(&s[4..])),
+        DType::Q8_0 => {
+            for (o, s) in out.iter_mut().zip(&s[2..34]) {
+                *o = s ^ 0x80;
+            }
+        }
+        _ => {
+            for (e, o) in out.iter_mut().enumerate() {
+                let (run, i, half) = (e / 32, e % 32, e / 128);
+                let nibble = |s: &[u8]| s[run / 2 * 32 + i] >> (run % 2 * 4) & 15;
+                *o = match dtype {
+                    DType::Q2_K => s[16 + half * 32 + i] >> (run % 4 * 2) & 3,
+                    DType::Q3_K => {
+                        s[32 + half * 32 + i] >> (run % 4 * 2) & 3 | (s[i] >> run & 1) << 2
+                    }
+                    DType::Q4_K => nibble(&s[16..]),
+                    DType::Q5_K => nibble(&s[48..]) | (s[16 + i] >> run & 1) << 4,
+                    _ => {
+                        let low = s[half * 64 + run % 2 * 32 + i] >> (run % 4 / 2 * 4) & 15;
+                        low | (s[128 + half * 32 + i] >> (run % 4 * 2) & 3) << 4
+                    }
+                };
+            }
+        }
+    }
+    out
 }
 
 /// The 5-bit codes of a Q5 block: 4 bytes of high bits, 16 bytes of low ones.

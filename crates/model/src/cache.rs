@@ -1,30 +1,36 @@
 //! The paged cache of keys and values.
 
-use crate::{BLOCK, Config};
-use ashlar_kernels::KvLayout;
+use crate::Config;
+use ashlar_kernels::{KvLayer, KvLayout, KvType};
 
-/// Keys and values of `blocks` blocks of [`BLOCK`] positions, for all layers.
+/// Keys and values of `blocks` blocks of [`crate::BLOCK`] positions, for all layers.
 /// Which sequence owns which block is the caller's to keep.
 pub struct KvCache {
     pub(crate) layout: KvLayout,
     pub(crate) blocks: usize,
-    /// One entry a layer: all keys, all values.
-    pub(crate) layers: Vec<(Vec<f32>, Vec<f32>)>,
+    pub(crate) layers: Vec<KvLayer>,
 }
 
 impl std::fmt::Debug for KvCache {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "KvCache({} blocks)", self.blocks)
+        write!(f, "KvCache({} blocks of {})", self.blocks, self.layout.dtype.name())
     }
 }
 
 impl KvCache {
-    /// A cache for a model of this configuration. The system hands out the
-    /// memory as blocks are first written.
+    /// A cache of 16-bit floats for a model of this configuration. The system
+    /// hands out the memory as blocks are first written.
     pub fn new(config: &Config, blocks: usize) -> Self {
-        let layout = layout(config);
-        let len = blocks * layout.block_len();
-        let layers = (0..config.layers).map(|_| (vec![0.0; len], vec![0.0; len])).collect();
+        Self::of(config, blocks, KvType::default())
+    }
+
+    /// [`KvCache::new`] with keys and values kept as `dtype`.
+    ///
+    /// # Panics
+    /// When the type is int8 and the heads are not a multiple of four wide.
+    pub fn of(config: &Config, blocks: usize, dtype: KvType) -> Self {
+        let layout = layout(config, dtype);
+        let layers = (0..config.layers).map(|_| KvLayer::new(layout, blocks)).collect();
         Self { layout, blocks, layers }
     }
 
@@ -34,11 +40,12 @@ impl KvCache {
     }
 
     /// Bytes that one block takes over all layers.
-    pub fn block_bytes(config: &Config) -> usize {
-        config.layers * 2 * 4 * BLOCK * config.kv_heads * config.head_dim
+    pub fn block_bytes(config: &Config, dtype: KvType) -> usize {
+        config.layers * layout(config, dtype).block_bytes()
     }
 }
 
-pub(crate) fn layout(config: &Config) -> KvLayout {
-    KvLayout { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim }
+pub(crate) fn layout(config: &Config, dtype: KvType) -> KvLayout {
+    let Config { heads, kv_heads, head_dim, .. } = *config;
+    KvLayout { heads, kv_heads, head_dim, dtype }
 }

@@ -1,15 +1,15 @@
-//! A model's dimensions, read from GGUF metadata.
+//! What a model is made of: dimensions, and which of the known parts it uses.
+//!
+//! One description covers every decoder here; `arch` fills it in from a file.
+//! What may not happen: a branch on an architecture's name anywhere else.
 
-use crate::{
-    ModelError,
-    formats::{Gguf, Value},
-};
+use crate::{ModelError, rope::Rope};
 use serde::{Deserialize, Serialize};
 
-/// Dimensions and constants of a llama-style decoder.
+/// Dimensions, constants and parts of a transformer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Config {
-    /// `general.architecture`.
+    /// The architecture, by the name its file has for it.
     pub architecture: String,
     /// `general.name`, where given.
     pub name: Option<String>,
@@ -21,106 +21,180 @@ pub struct Config {
     pub heads: usize,
     /// Key and value heads.
     pub kv_heads: usize,
-    /// Values a head; all of them turn with the position.
+    /// Values a head.
     pub head_dim: usize,
-    /// Width of the feed-forward layer.
+    /// Width of the feed-forward layer, or of one expert's.
     pub ffn: usize,
     /// Tokens in the vocabulary.
     pub vocab: usize,
-    /// Longest sequence the model was made for.
+    /// Longest sequence taken.
     pub context: usize,
-    /// Base of the rotary angles.
-    pub rope_theta: f32,
-    /// Added to the mean square in norms.
+    /// Added to the mean square, or the variance, in norms.
     pub eps: f32,
     /// Whether the head is the embedding.
     pub tied: bool,
+    /// Layer norm with bias where true, else root-mean-square norm.
+    pub layer_norm: bool,
+    /// Where norms stand.
+    pub order: Order,
+    /// Whether queries and keys are normed before they turn.
+    pub qk_norm: Option<QkNorm>,
+    /// The feed-forward layer's nonlinearity.
+    pub activation: Activation,
+    /// Whether queries, keys and values have a bias.
+    pub qkv_bias: bool,
+    /// Whether the attention output has a bias.
+    pub o_bias: bool,
+    /// Whether the feed-forward layer's linears have a bias.
+    pub ffn_bias: bool,
+    /// Rotary positions of layers without a window; `None` where there are none.
+    pub rope: Option<Rope>,
+    /// Rotary positions of layers with a window, where they differ.
+    pub local_rope: Option<Rope>,
+    /// Positions seen back by each layer, the token's own included; `None` is all.
+    pub windows: Vec<Option<usize>>,
+    /// Whether scores fall with distance, by each head's slope (ALiBi).
+    pub alibi: bool,
+    /// Scores are multiplied by this.
+    pub attention_scale: f32,
+    /// Bound on scores, `cap * tanh(score / cap)`.
+    pub attention_softcap: Option<f32>,
+    /// The same bound on logits.
+    pub logit_softcap: Option<f32>,
+    /// Embeddings are multiplied by this.
+    pub embedding_scale: f32,
+    /// Whether embeddings are normed.
+    pub embedding_norm: bool,
+    /// Mixture of experts, in every layer or in none.
+    pub experts: Option<Experts>,
+}
+
+/// Where a layer's norms stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Order {
+    /// Before attention and feed-forward.
+    Pre,
+    /// On their results, before these are added.
+    Post,
+    /// Both.
+    Sandwich,
+    /// Before, both reading the layer's input; results are added together.
+    Parallel,
+    /// On the sum of input and result: BERT.
+    Sum,
+}
+
+/// What a norm of queries and keys spans.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum QkNorm {
+    /// Each head by itself.
+    Head,
+    /// All heads together.
+    Width,
+}
+
+/// The feed-forward layer's nonlinearity; `Glu` kinds multiply a gate with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Activation {
+    /// SwiGLU.
+    SiluGlu,
+    /// GeGLU, GELU by its tanh approximation.
+    GeluTanhGlu,
+    /// GELU by the error function, no gate.
+    Gelu,
+    /// GELU by its tanh approximation, no gate.
+    GeluTanh,
+}
+
+impl Activation {
+    /// Whether there is a gate.
+    pub fn gated(self) -> bool {
+        matches!(self, Self::SiluGlu | Self::GeluTanhGlu)
+    }
+}
+
+/// A mixture of experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Experts {
+    /// Experts a layer.
+    pub count: usize,
+    /// Experts a token goes through, those of the highest probability.
+    pub used: usize,
+    /// Whether the used ones' probabilities are scaled to sum to 1.
+    pub normalized: bool,
 }
 
 impl Config {
-    /// Reads and checks the dimensions.
-    ///
-    /// # Errors
-    /// Another architecture, a key missing or of the wrong type, or a dimension
-    /// that the forward pass cannot take.
-    pub fn from_gguf(gguf: &Gguf) -> Result<Self, ModelError> {
-        let text = |key: &str| gguf.meta(key).and_then(Value::as_str).map(str::to_owned);
-        let architecture = text("general.architecture")
-            .ok_or_else(|| ModelError::Metadata { key: "general.architecture".into() })?;
-        if architecture != "llama" {
-            return Err(ModelError::Architecture(architecture));
-        }
-        let number = |key: &str, otherwise: Option<usize>| {
-            let key = format!("llama.{key}");
-            match gguf.meta(&key) {
-                None => otherwise,
-                Some(v) => v.as_u64().and_then(|v| usize::try_from(v).ok()),
-            }
-            .ok_or(ModelError::Metadata { key })
-        };
-        let float = |key: &str, otherwise: Option<f32>| {
-            let key = format!("llama.{key}");
-            gguf.meta(&key).map_or(otherwise, Value::as_f32).ok_or(ModelError::Metadata { key })
-        };
-        if let Some(kind) = text("llama.rope.scaling.type").filter(|k| k != "none") {
-            let what = "llama.rope.scaling.type".into();
-            return Err(ModelError::Setting { what, value: kind, must: "none" });
-        }
-        let hidden = number("embedding_length", None)?;
-        let heads = number("attention.head_count", None)?;
-        let head_dim = number("attention.key_length", hidden.checked_div(heads))?;
-        let embedding = gguf
-            .tensor("token_embd.weight")
-            .ok_or_else(|| ModelError::Missing("token_embd.weight".into()))?;
-        let config = Self {
-            architecture,
-            name: text("general.name"),
-            hidden,
-            layers: number("block_count", None)?,
-            heads,
-            kv_heads: number("attention.head_count_kv", Some(heads))?,
-            head_dim,
-            ffn: number("feed_forward_length", None)?,
-            vocab: embedding.shape.first().copied().unwrap_or(0),
-            context: number("context_length", None)?,
-            rope_theta: float("rope.freq_base", Some(10_000.0))?,
-            eps: float("attention.layer_norm_rms_epsilon", None)?,
-            tied: gguf.tensor("output.weight").is_none(),
-        };
-        let turned = number("rope.dimension_count", Some(head_dim))?;
-        config.check(turned)?;
-        Ok(config)
+    /// Base of the rotary angles; 0 where positions do not turn.
+    pub fn rope_theta(&self) -> f32 {
+        self.rope.as_ref().map_or(0.0, |r| r.theta)
     }
 
-    fn check(&self, turned: usize) -> Result<(), ModelError> {
-        let within = |what: &str, value: usize, ok: bool, must: &'static str| {
+    /// Whether it is llama with none of the options, which the trainer knows.
+    pub(crate) fn plain(&self) -> bool {
+        let rope = self.rope.as_ref();
+        self.architecture == "llama"
+            && rope.is_some_and(|r| r.factors.is_none() && r.scale == 1.0 && r.dim == self.head_dim)
+            && self.windows.iter().all(Option::is_none)
+            && self.experts.is_none()
+            && !(self.qkv_bias || self.o_bias || self.ffn_bias)
+    }
+
+    /// The rotary positions of a layer.
+    pub(crate) fn rope_of(&self, layer: usize) -> Option<&Rope> {
+        let local = self.local_rope.as_ref().filter(|_| self.windows[layer].is_some());
+        local.or(self.rope.as_ref())
+    }
+
+    /// Slope of each query head: 2^(-8i/n) for a power of two n of heads; the
+    /// heads beyond take every second slope of twice as many (Press et al. 2022).
+    pub(crate) fn slopes(&self) -> Option<Vec<f32>> {
+        let n = 1 << self.heads.ilog2();
+        let slope = |i: usize| {
+            let (step, of) = if i < n { (i + 1, n) } else { (2 * (i - n) + 1, 2 * n) };
+            2f64.powf(-8.0 * step as f64 / of as f64) as f32
+        };
+        self.alibi.then(|| (0..self.heads).map(slope).collect())
+    }
+
+    /// Refuses what the forward pass cannot take.
+    pub(crate) fn check(&self) -> Result<(), ModelError> {
+        let within = |what: &str, value: &dyn ToString, ok: bool, must: &'static str| {
             if ok {
                 return Ok(());
             }
             Err(ModelError::Setting { what: what.into(), value: value.to_string(), must })
         };
-        // Caps keep every product of dimensions far from overflow.
-        const CAP: usize = 1 << 20;
-        let range = "within 1..=1048576";
-        for (what, value) in [
-            ("embedding_length", self.hidden),
-            ("block_count", self.layers),
-            ("attention.head_count", self.heads),
-            ("attention.head_count_kv", self.kv_heads),
-            ("feed_forward_length", self.ffn),
-            ("context_length", self.context),
-            ("vocabulary", self.vocab),
-        ] {
-            within(what, value, (1..=CAP).contains(&value), range)?;
-        }
         let dim = self.head_dim;
-        within("head size", dim, (2..=256).contains(&dim) && dim % 2 == 0, "even, within 2..=256")?;
-        within("rope.dimension_count", turned, turned == dim, "the head size")?;
+        within("head size", &dim, (2..=256).contains(&dim) && dim.is_multiple_of(2), "even, within 2..=256")?;
         let whole = self.heads.is_multiple_of(self.kv_heads);
-        within("attention.head_count_kv", self.kv_heads, whole, "a divisor of the head count")?;
-        let sane = self.eps.is_finite() && self.eps >= 0.0;
-        let rope = self.rope_theta.is_finite() && self.rope_theta > 0.0;
-        within("attention.layer_norm_rms_epsilon", 0, sane, "finite, not negative")?;
-        within("rope.freq_base", 0, rope, "finite and positive")
+        within("key and value heads", &self.kv_heads, whole, "a divisor of the head count")?;
+        within("norm epsilon", &self.eps, self.eps.is_finite() && self.eps >= 0.0, "finite, not negative")?;
+        for rope in [&self.rope, &self.local_rope].into_iter().flatten() {
+            let ok = rope.theta.is_finite() && rope.theta > 0.0;
+            within("rotary base", &rope.theta, ok, "finite and positive")?;
+            let ok = rope.dim <= dim && rope.dim.is_multiple_of(2) && rope.dim > 0;
+            within("rotary dimensions", &rope.dim, ok, "even, at most the head size")?;
+            let good = |f: &f32| f.is_finite() && *f > 0.0;
+            let factors = rope.factors.iter().flatten();
+            let ok = rope.factors.as_ref().is_none_or(|f| f.len() == rope.dim / 2);
+            within("rotary factors", &rope.factors.as_ref().map_or(0, Vec::len), ok, "one a pair")?;
+            for f in factors.chain([&rope.scale]) {
+                within("rotary factor", f, good(f), "finite and positive")?;
+            }
+        }
+        for (what, cap) in [("attention softcap", self.attention_softcap), ("logit softcap", self.logit_softcap)] {
+            let cap = cap.unwrap_or(1.0);
+            within(what, &cap, cap.is_finite() && cap > 0.0, "finite and positive")?;
+        }
+        let scale = self.attention_scale;
+        within("attention scale", &scale, scale.is_finite() && scale > 0.0, "finite and positive")?;
+        within("window", &0, self.windows.iter().flatten().all(|w| *w > 0), "at least 1")?;
+        within("windows", &self.windows.len(), self.windows.len() == self.layers, "one a layer")?;
+        if let Some(e) = self.experts {
+            within("experts", &e.count, (1..=4096).contains(&e.count), "within 1..=4096")?;
+            within("experts used", &e.used, (1..=e.count).contains(&e.used), "at most the experts there are")?;
+        }
+        Ok(())
     }
 }

@@ -4,13 +4,12 @@
 //! piece of one, or a single new token. All rows go through the matrices
 //! together; attention alone looks at which item a row belongs to.
 
-use crate::{BLOCK, KvCache, Model, ModelError, cache, load::Layer};
-use ashlar_kernels::{
-    add, attention, matmul, matmul_many, rms_norm, rope_interleaved, silu_mul, store_kv,
+use crate::{
+    BLOCK, KvCache, Model, ModelError, Order, cache,
+    ffn::{self, Buffers, ROWS},
+    load::Layer,
 };
-
-/// Rows a task takes in element-wise steps.
-const ROWS: usize = 8;
+use ashlar_kernels::{add, attention, matmul, rope_halves, rope_interleaved, softcap};
 
 /// Which rows of an item get logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,8 +45,7 @@ pub struct Workspace {
     v: Vec<f32>,
     mixed: Vec<f32>,
     back: Vec<f32>,
-    gate: Vec<f32>,
-    up: Vec<f32>,
+    ffn: Buffers,
     logits: Vec<f32>,
     /// (item, position) of each row.
     rows: Vec<(usize, usize)>,
@@ -94,7 +92,8 @@ impl Model {
         self.check(items, cache, ws)?;
         let c = &self.config;
         let Workspace { x, rows, wanted, .. } = ws;
-        (rows.clear(), wanted.clear());
+        rows.clear();
+        wanted.clear();
         for (i, item) in items.iter().enumerate() {
             let first = rows.len();
             rows.extend((0..item.tokens.len()).map(|t| (i, item.start + t)));
@@ -109,25 +108,33 @@ impl Model {
         for (x, token) in x.chunks_exact_mut(c.hidden).zip(tokens) {
             self.embed.dequantize_row(*token as usize, x);
         }
+        if c.embedding_scale != 1.0 {
+            x.iter_mut().for_each(|x| *x *= c.embedding_scale);
+        }
+        if let Some(norm) = &self.embed_norm {
+            ffn::norm(&self.pool, x, norm, c.eps, &mut ws.normed);
+            std::mem::swap(&mut ws.x, &mut ws.normed);
+        }
         for (i, layer) in self.layers.iter().enumerate() {
             self.layer(layer, i, items, cache, ws);
         }
         let Workspace { x, normed, mixed, logits, wanted, .. } = ws;
         mixed.clear();
         wanted.iter().for_each(|&r| mixed.extend(&x[r * c.hidden..][..c.hidden]));
-        self.norm(mixed, &self.norm, normed);
+        ffn::norm(&self.pool, mixed, &self.norm, c.eps, normed);
         logits.resize(wanted.len() * c.vocab, 0.0);
         let head = self.head.as_ref().unwrap_or(&self.embed);
         matmul(&self.pool, normed, wanted.len(), head, logits);
+        if let Some(cap) = c.logit_softcap {
+            self.pool.chunks_mut(logits, c.vocab, |_, row| softcap(row, cap));
+        }
         Ok(Logits { vocab: c.vocab, data: logits })
     }
 
     fn check(&self, items: &[Item], cache: &KvCache, ws: &mut Workspace) -> Result<(), ModelError> {
         let c = &self.config;
-        let (want, got) = (cache::layout(c), &cache.layout);
-        if cache.layers.len() != c.layers
-            || (want.kv_heads, want.head_dim) != (got.kv_heads, got.head_dim)
-        {
+        let want = cache::layout(c, cache.layout.dtype);
+        if cache.layers.len() != c.layers || want != cache.layout {
             return Err(ModelError::Cache);
         }
         ws.written.clear();
@@ -160,53 +167,77 @@ impl Model {
 
     fn layer(&self, w: &Layer, index: usize, items: &[Item], cache: &mut KvCache, ws: &mut Workspace) {
         let (c, pool) = (&self.config, &self.pool);
-        let Workspace { x, normed, q, k, v, mixed, back, gate, up, rows, .. } = ws;
+        let Workspace { x, normed, q, k, v, mixed, back, ffn: buffers, rows, .. } = ws;
         let m = rows.len();
-        let (wide, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-        for (buffer, width) in [
-            (&mut *q, wide), (&mut *k, kv), (&mut *v, kv), (&mut *mixed, wide),
-            (&mut *back, c.hidden), (&mut *gate, c.ffn), (&mut *up, c.ffn),
-        ] {
-            buffer.resize(m * width, 0.0);
-        }
+        let kv = c.kv_heads * c.head_dim;
 
-        self.norm(x, &w.attn_norm, normed);
-        matmul_many(pool, normed, m, &mut [(&w.q, q), (&w.k, k), (&w.v, v)]);
-        for (heads, width) in [(&mut *q, wide), (&mut *k, kv)] {
-            pool.chunks_mut(heads, ROWS * width, |chunk, heads| {
-                for (i, row) in heads.chunks_exact_mut(width).enumerate() {
-                    rope_interleaved(row, c.head_dim, rows[chunk * ROWS + i].1, &self.rope);
-                }
-            });
+        let input = match &w.attn_norm {
+            None => &*x,
+            Some(norm) => {
+                ffn::norm(pool, x, norm, c.eps, normed);
+                &*normed
+            }
+        };
+        ffn::linears(pool, input, m, &mut [(&w.q, q), (&w.k, k), (&w.v, v)]);
+        if let Some(norms) = &w.qk_norm {
+            for (heads, norm) in [&mut *q, &mut *k].into_iter().zip(norms) {
+                ffn::norm(pool, heads, norm, c.eps, back);
+                std::mem::swap(heads, back);
+            }
         }
-        let (keys, values) = &mut cache.layers[index];
-        for (i, &(item, at)) in rows.iter().enumerate() {
-            let (block, slot) = (items[item].blocks[at / BLOCK], at % BLOCK);
-            let (k, v) = (&k[i * kv..][..kv], &v[i * kv..][..kv]);
-            store_kv(&cache.layout, keys, values, block, slot, k, v);
-        }
+        self.turn(index, rows, q, c.heads * c.head_dim);
+        self.turn(index, rows, k, kv);
+        let layer = &mut cache.layers[index];
+        layer.store(pool, k, v, |i| {
+            let (item, at) = rows[i];
+            (items[item].blocks[at / BLOCK], at % BLOCK)
+        });
         let seen = |i: usize| {
             let (item, at) = rows[i];
             (items[item].blocks, at + 1)
         };
-        attention(pool, &cache::layout(c), q, keys, values, seen, mixed);
-        matmul(pool, mixed, m, &w.o, back);
-        add(x, back);
+        mixed.resize(q.len(), 0.0);
+        attention(pool, &w.attention, q, layer, seen, mixed);
+        ffn::linears(pool, mixed, m, &mut [(&w.o, back)]);
+        if let Some(norm) = &w.attn_post_norm {
+            ffn::norm(pool, back, norm, c.eps, normed);
+            std::mem::swap(back, normed);
+        }
 
-        self.norm(x, &w.ffn_norm, normed);
-        matmul_many(pool, normed, m, &mut [(&w.gate, gate), (&w.up, up)]);
-        pool.chunks_mut(gate, ROWS * c.ffn, |chunk, gate| {
-            silu_mul(gate, &up[chunk * ROWS * c.ffn..]);
-        });
-        matmul(pool, gate, m, &w.down, back);
-        add(x, back);
+        // Side by side, the feed-forward layer reads what attention read.
+        let parallel = c.order == Order::Parallel;
+        if !parallel {
+            add(x, back);
+        }
+        let input = match &w.ffn_norm {
+            None => &*x,
+            Some(norm) => {
+                ffn::norm(pool, x, norm, c.eps, normed);
+                &*normed
+            }
+        };
+        ffn::ffn(pool, &w.ffn, c.activation, input, m, buffers, mixed);
+        if parallel {
+            add(x, back);
+        }
+        if let Some(norm) = &w.ffn_post_norm {
+            ffn::norm(pool, mixed, norm, c.eps, back);
+            std::mem::swap(mixed, back);
+        }
+        add(x, mixed);
     }
 
-    fn norm(&self, x: &[f32], gain: &[f32], out: &mut Vec<f32>) {
-        out.resize(x.len(), 0.0);
-        let size = ROWS * gain.len();
-        self.pool.chunks_mut(out, size, |chunk, out| {
-            rms_norm(&x[chunk * size..][..out.len()], gain, self.config.eps, out);
+    /// Turns rows of heads, `width` values each, by their positions.
+    fn turn(&self, layer: usize, rows: &[(usize, usize)], heads: &mut [f32], width: usize) {
+        let c = &self.config;
+        let Some(rope) = c.rope_of(layer) else { return };
+        let local = self.local_rope.as_ref().filter(|_| c.windows[layer].is_some());
+        let Some(table) = local.or(self.rope.as_ref()) else { return };
+        let turn = if rope.interleaved { rope_interleaved } else { rope_halves };
+        self.pool.chunks_mut(heads, ROWS * width, |chunk, heads| {
+            for (i, row) in heads.chunks_exact_mut(width).enumerate() {
+                turn(row, c.head_dim, rows[chunk * ROWS + i].1, table);
+            }
         });
     }
 }

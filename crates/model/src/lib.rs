@@ -4,19 +4,30 @@
 //! on its own sequence alone; `kernels` keeps that promise bit for bit, and
 //! nothing here sums across rows.
 
+mod arch;
 mod cache;
 mod config;
+mod encoder;
 mod error;
+mod ffn;
+mod footprint;
 mod forward;
+mod keys;
 mod load;
+mod rope;
+mod source;
 mod weights;
 
 pub use ashlar_formats as formats;
+pub use ashlar_kernels::{KvType, Pool};
 pub use cache::KvCache;
-pub use config::Config;
+pub use config::{Activation, Config, Experts, Order, QkNorm};
+pub use encoder::{Encoder, Pooling};
 pub use error::ModelError;
+pub use footprint::{tables_bytes, workspace_bytes};
 pub use forward::{Item, Logits, Want, Workspace};
 pub use load::Model;
+pub use rope::Rope;
 pub use weights::{LayerWeights, Weights};
 
 /// Tokens in a block of the KV cache.

@@ -1,10 +1,6 @@
 //! Plain `f32` weights in Hugging Face order, for the trainer.
 
-use crate::{
-    Config, ModelError,
-    formats::Gguf,
-    load::{floats, map},
-};
+use crate::{Config, ModelError, arch, formats::Gguf, source::{Source, read}};
 use std::path::Path;
 
 /// One layer; matrices are `[out, in]`, row-major.
@@ -42,10 +38,9 @@ impl Weights {
     /// Unpacks a GGUF file.
     ///
     /// # Errors
-    /// As [`crate::Model::load`].
+    /// As [`crate::Model::load`], and any architecture but plain llama.
     pub fn load(path: &Path) -> Result<Self, ModelError> {
-        let map = map(path)?;
-        Self::from_gguf(&Gguf::parse(&map)?)
+        Self::from_gguf(&Gguf::parse(&read(path)?)?)
     }
 
     /// Unpacks a parsed file.
@@ -53,13 +48,18 @@ impl Weights {
     /// # Errors
     /// As [`crate::Model::load`], but for reading.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self, ModelError> {
-        let config = Config::from_gguf(gguf)?;
+        let (config, _) = arch::from_gguf(gguf)?;
+        let source = &Source::from_gguf(gguf);
         let c = &config;
+        if !c.plain() {
+            let architecture = config.architecture;
+            return Err(ModelError::Role { architecture, is: "not plain llama, the only kind trained here" });
+        }
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let layers = (0..c.layers)
             .map(|i| {
                 let read = |part: &str, shape: &[usize]| {
-                    floats(gguf, &format!("blk.{i}.{part}.weight"), shape)
+                    source.floats(&format!("blk.{i}.{part}.weight"), shape)
                 };
                 Ok(LayerWeights {
                     q: halves(&read("attn_q", &[q, c.hidden])?, c.head_dim, c.hidden),
@@ -76,11 +76,11 @@ impl Weights {
             .collect::<Result<_, ModelError>>()?;
         let head = match c.tied {
             true => None,
-            false => Some(floats(gguf, "output.weight", &[c.vocab, c.hidden])?),
+            false => Some(source.floats("output.weight", &[c.vocab, c.hidden])?),
         };
         Ok(Self {
-            embed: floats(gguf, "token_embd.weight", &[c.vocab, c.hidden])?,
-            norm: floats(gguf, "output_norm.weight", &[c.hidden])?,
+            embed: source.floats("token_embd.weight", &[c.vocab, c.hidden])?,
+            norm: source.floats("output_norm.weight", &[c.hidden])?,
             head,
             layers,
             config,

@@ -1,4 +1,5 @@
-//! Byte-level BPE tokenizers, from `tokenizer.json` or from GGUF metadata.
+//! Tokenizers, from `tokenizer.json` or from GGUF metadata: byte-level BPE,
+//! SentencePiece's BPE, WordPiece (`tokenizer.json` only).
 //!
 //! Encoding is the `tokenizers` crate's. Decoding is a table of each token's
 //! bytes, so that a stream and a whole decode alike and an added token is its
@@ -7,7 +8,7 @@
 
 use crate::{TextError, bytes::spell, error::clip};
 use serde_json::{Value, json};
-use std::{ops::Range, sync::Arc};
+use std::{collections::HashMap, ops::Range, sync::Arc};
 
 /// What a GGUF file says about its tokenizer.
 #[derive(Debug, Clone, Default)]
@@ -20,6 +21,13 @@ pub struct GgufVocab {
     pub tokens: Vec<String>,
     /// `tokenizer.ggml.token_type`, one for each token or none at all.
     pub token_types: Vec<i32>,
+    /// `tokenizer.ggml.scores`, one for each token; SentencePiece alone has them.
+    pub scores: Vec<f32>,
+    /// `tokenizer.ggml.add_space_prefix`: whether text is read as if a space
+    /// stood before it. SentencePiece alone has it; `None` is yes there.
+    pub add_space_prefix: Option<bool>,
+    /// `tokenizer.ggml.unknown_token_id`.
+    pub unknown: Option<u32>,
     /// `tokenizer.ggml.merges`: left and right part with a space between.
     pub merges: Vec<String>,
     /// `tokenizer.ggml.bos_token_id`.
@@ -76,8 +84,13 @@ impl Table {
 }
 
 // `tokenizer.ggml.token_type`.
+const UNKNOWN: i32 = 2;
 const CONTROL: i32 = 3;
 const USER_DEFINED: i32 = 4;
+const BYTE: i32 = 6;
+
+/// SentencePiece's space, U+2581.
+const SPACE: char = '▁';
 
 impl Tokenizer {
     /// Reads Hugging Face's `tokenizer.json`. Truncation and padding that it
@@ -85,17 +98,29 @@ impl Tokenizer {
     /// token is not in that file; see [`Tokenizer::with_eos`].
     ///
     /// # Errors
-    /// [`TextError`] for a file that does not parse or is not byte-level.
+    /// [`TextError`] for a file that does not parse, or is neither byte-level,
+    /// SentencePiece's nor WordPiece. WordPiece forgets spacing: each word comes back with a
+    /// space before it.
     pub fn from_json(bytes: &[u8]) -> Result<Self, TextError> {
         let tokenizer = parse(bytes)?;
         let byte_level = |v: &Value| v["type"] == "ByteLevel";
         let decoder = serde_json::to_value(tokenizer.get_decoder()).unwrap_or(Value::Null);
         let nested = decoder["decoders"].as_array();
-        if !byte_level(&decoder) && !nested.is_some_and(|d| d.iter().all(byte_level)) {
+        let word_piece = decoder["type"] == "WordPiece" && decoder["prefix"] == "##";
+        let sentence_piece = nested.is_some_and(|d| {
+            let plain = |v: &Value| match v["type"].as_str() {
+                Some("Replace") => v["pattern"]["String"] == "▁" && v["content"] == " ",
+                Some("ByteFallback" | "Fuse" | "Strip") => true,
+                _ => false,
+            };
+            d.iter().any(|v| v["type"] == "ByteFallback") && d.iter().all(plain)
+        });
+        let byte_level = byte_level(&decoder) || nested.is_some_and(|d| d.iter().all(byte_level));
+        if !word_piece && !sentence_piece && !byte_level {
             return Err(TextError::Unsupported {
                 what: "tokenizer.json decoder",
                 found: clip(decoder["type"].as_str().unwrap_or("none")),
-                known: "ByteLevel",
+                known: "ByteLevel, WordPiece and SentencePiece's",
             });
         }
         let mut table = Table::default();
@@ -126,6 +151,14 @@ impl Tokenizer {
             }
             match added.get(&id) {
                 Some(a) => table.push(a.content.as_bytes(), a.special),
+                None if word_piece => match token.strip_prefix("##") {
+                    Some(rest) => table.push(rest.as_bytes(), false),
+                    None => table.push(format!(" {token}").as_bytes(), false),
+                },
+                None if sentence_piece => match byte_of_piece(&token) {
+                    Some(byte) => table.push(&[byte], false),
+                    None => table.push(token.replace(SPACE, " ").as_bytes(), false),
+                },
                 None => table.push(&spell(&token), false),
             }
         }
@@ -149,14 +182,17 @@ impl Tokenizer {
     /// [`TextError`] for a model or pre-tokenizer that is not supported, or a
     /// vocabulary that contradicts itself.
     pub fn from_gguf(vocab: GgufVocab) -> Result<Self, TextError> {
-        if vocab.model != "gpt2" {
-            return Err(TextError::Unsupported {
-                what: "GGUF tokenizer model",
-                found: clip(&vocab.model),
-                known: "gpt2 (byte-level BPE)",
-            });
-        }
-        let (splits, ignore_merges) = pre_tokenizer(&vocab.pre)?;
+        let sentence_piece = match vocab.model.as_str() {
+            "gpt2" => false,
+            "llama" => true,
+            other => {
+                return Err(TextError::Unsupported {
+                    what: "GGUF tokenizer model",
+                    found: clip(other),
+                    known: "gpt2 (byte-level BPE) and llama (SentencePiece)",
+                });
+            }
+        };
         let n = vocab.tokens.len();
         if !vocab.token_types.is_empty() && vocab.token_types.len() != n {
             return Err(TextError::Vocabulary(format!(
@@ -172,68 +208,7 @@ impl Tokenizer {
             }
         }
 
-        let mut table = Table::default();
-        let mut added = Vec::new();
-        let mut ids = serde_json::Map::new();
-        for (id, token) in vocab.tokens.into_iter().enumerate() {
-            let kind = vocab.token_types.get(id).copied().unwrap_or(1);
-            if matches!(kind, CONTROL | USER_DEFINED) && !token.is_empty() {
-                table.push(token.as_bytes(), kind == CONTROL);
-                added.push(json!({
-                    "id": id, "content": token, "special": kind == CONTROL,
-                    "normalized": false, "single_word": false, "lstrip": false, "rstrip": false,
-                }));
-            } else {
-                table.push(&spell(&token), kind == CONTROL);
-            }
-            if ids.contains_key(&token) {
-                return Err(TextError::Vocabulary(format!(
-                    "token {:?} appears twice, the second time as id {id}",
-                    clip(&token)
-                )));
-            }
-            ids.insert(token, id.into());
-        }
-        let merges = vocab
-            .merges
-            .iter()
-            .map(|m| {
-                // The left part is never empty and may itself be a space.
-                let skip = m.chars().next().map_or(0, char::len_utf8);
-                m[skip..]
-                    .split_once(' ')
-                    .map(|(left, right)| (&m[..skip + left.len()], right))
-                    .ok_or_else(|| {
-                        TextError::Vocabulary(format!("merge {:?} has one part", clip(m)))
-                    })
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        let mut stages: Vec<Value> = splits
-            .iter()
-            .map(|regex| {
-                json!({"type": "Split", "pattern": {"Regex": regex},
-                       "behavior": "Isolated", "invert": false})
-            })
-            .collect();
-        let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false,
-                                "trim_offsets": true, "use_regex": false});
-        stages.push(byte_level.clone());
-        let file = json!({
-            "version": "1.0",
-            "added_tokens": added,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": stages},
-            "decoder": byte_level,
-            "model": {"type": "BPE", "vocab": ids, "merges": merges,
-                      "ignore_merges": ignore_merges},
-        });
-        let tokenizer = parse(file.to_string().as_bytes())?;
-        Ok(Self::assemble(
-            tokenizer,
-            table,
-            vocab.bos,
-            vocab.eos,
-            vocab.add_bos,
-        ))
+        if sentence_piece { from_scores(vocab) } else { from_merges(vocab) }
     }
 
     fn assemble(
@@ -279,6 +254,18 @@ impl Tokenizer {
             });
         }
         Ok(ids)
+    }
+
+    /// The tokens of `text` with those that the file's post-processor puts
+    /// around it, as encoders of sentences want them. No control token can come
+    /// out of the text itself.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_framed(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        self.encode(text, false)?;
+        let framed = self.0.plain.encode_fast(text, true);
+        Ok(framed.map_err(|e| failed(text, &*e))?.get_ids().to_vec())
     }
 
     /// Where control tokens stand in `text`: their bytes and ids.
@@ -411,6 +398,154 @@ impl StreamDecoder {
 fn text(bytes: Vec<u8>) -> Option<String> {
     let text = String::from_utf8_lossy(&bytes).into_owned();
     (!text.is_empty()).then_some(text)
+}
+
+/// Byte-level BPE.
+fn from_merges(vocab: GgufVocab) -> Result<Tokenizer, TextError> {
+    let (splits, ignore_merges) = pre_tokenizer(&vocab.pre)?;
+    let mut table = Table::default();
+    let mut added = Vec::new();
+    let mut ids = serde_json::Map::new();
+    for (id, token) in vocab.tokens.into_iter().enumerate() {
+        let kind = vocab.token_types.get(id).copied().unwrap_or(1);
+        if matches!(kind, CONTROL | USER_DEFINED) && !token.is_empty() {
+            table.push(token.as_bytes(), kind == CONTROL);
+            added.push(added_token(id, &token, kind));
+        } else {
+            table.push(&spell(&token), kind == CONTROL);
+        }
+        if ids.contains_key(&token) {
+            return Err(twice(&token, id));
+        }
+        ids.insert(token, id.into());
+    }
+    let merges = vocab
+        .merges
+        .iter()
+        .map(|m| {
+            // The left part is never empty and may itself be a space.
+            let skip = m.chars().next().map_or(0, char::len_utf8);
+            m[skip..]
+                .split_once(' ')
+                .map(|(left, right)| (&m[..skip + left.len()], right))
+                .ok_or_else(|| {
+                    TextError::Vocabulary(format!("merge {:?} has one part", clip(m)))
+                })
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut stages: Vec<Value> = splits
+        .iter()
+        .map(|regex| {
+            json!({"type": "Split", "pattern": {"Regex": regex},
+                   "behavior": "Isolated", "invert": false})
+        })
+        .collect();
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false,
+                            "trim_offsets": true, "use_regex": false});
+    stages.push(byte_level.clone());
+    let file = json!({
+        "version": "1.0",
+        "added_tokens": added,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": stages},
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": ids, "merges": merges,
+                  "ignore_merges": ignore_merges},
+    });
+    let tokenizer = parse(file.to_string().as_bytes())?;
+    Ok(Tokenizer::assemble(
+        tokenizer,
+        table,
+        vocab.bos,
+        vocab.eos,
+        vocab.add_bos,
+    ))
+}
+
+/// SentencePiece's BPE. Where llama.cpp joins the neighbours whose joint token
+/// has the highest score, merges in falling order of that score do the same.
+fn from_scores(vocab: GgufVocab) -> Result<Tokenizer, TextError> {
+    let n = vocab.tokens.len();
+    if vocab.scores.len() != n || vocab.token_types.len() != n {
+        return Err(TextError::Vocabulary(format!(
+            "{n} tokens but {} scores and {} token types",
+            vocab.scores.len(),
+            vocab.token_types.len()
+        )));
+    }
+    let mut table = Table::default();
+    let mut added = Vec::new();
+    let mut ids: HashMap<&str, usize> = HashMap::with_capacity(n);
+    for (id, (token, &kind)) in vocab.tokens.iter().zip(&vocab.token_types).enumerate() {
+        if ids.insert(token, id).is_some() {
+            return Err(twice(token, id));
+        }
+        match kind {
+            BYTE => {
+                let byte = byte_of_piece(token).ok_or_else(|| {
+                    TextError::Vocabulary(format!("byte token {:?} is not of the form <0x0A>", clip(token)))
+                })?;
+                table.push(&[byte], false);
+            }
+            CONTROL | UNKNOWN => table.push(token.as_bytes(), kind == CONTROL),
+            _ => table.push(token.replace(SPACE, " ").as_bytes(), false),
+        }
+        if matches!(kind, CONTROL | USER_DEFINED) && !token.is_empty() {
+            added.push(added_token(id, token, kind));
+        }
+    }
+    // (score of the joint token, its id, bytes of the left part)
+    let mut merges: Vec<(f32, usize, usize)> = Vec::new();
+    for (id, (token, &kind)) in vocab.tokens.iter().zip(&vocab.token_types).enumerate() {
+        if matches!(kind, BYTE | CONTROL | UNKNOWN) {
+            continue;
+        }
+        for (at, _) in token.char_indices().skip(1) {
+            let (left, right) = token.split_at(at);
+            if ids.contains_key(left) && ids.contains_key(right) {
+                merges.push((vocab.scores[id], id, at));
+            }
+        }
+    }
+    merges.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
+    let merges: Vec<Value> = merges
+        .iter()
+        .map(|&(_, id, at)| {
+            let (left, right) = vocab.tokens[id].split_at(at);
+            json!([left, right])
+        })
+        .collect();
+    let space = SPACE.to_string();
+    let mut stages = vec![json!({"type": "Replace", "pattern": {"String": " "}, "content": space})];
+    if vocab.add_space_prefix.unwrap_or(true) {
+        stages.insert(0, json!({"type": "Prepend", "prepend": space}));
+    }
+    let unknown = vocab.unknown.and_then(|id| vocab.tokens.get(id as usize));
+    let file = json!({
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": stages},
+        "model": {"type": "BPE", "vocab": ids, "merges": merges, "unk_token": unknown,
+                  "fuse_unk": true, "byte_fallback": true},
+    });
+    let tokenizer = parse(file.to_string().as_bytes())?;
+    Ok(Tokenizer::assemble(tokenizer, table, vocab.bos, vocab.eos, vocab.add_bos))
+}
+
+/// The byte that SentencePiece writes as `<0x0A>`.
+fn byte_of_piece(token: &str) -> Option<u8> {
+    let hex = token.strip_prefix("<0x")?.strip_suffix('>')?;
+    u8::from_str_radix(hex, 16).ok()
+}
+
+fn added_token(id: usize, content: &str, kind: i32) -> Value {
+    json!({
+        "id": id, "content": content, "special": kind == CONTROL,
+        "normalized": false, "single_word": false, "lstrip": false, "rstrip": false,
+    })
+}
+
+fn twice(token: &str, id: usize) -> TextError {
+    TextError::Vocabulary(format!("token {:?} appears twice, the second time as id {id}", clip(token)))
 }
 
 fn failed(text: &str, why: &dyn std::fmt::Display) -> TextError {

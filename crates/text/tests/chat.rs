@@ -40,6 +40,7 @@ fn vocab(pre: &str) -> GgufVocab {
         bos: Some(1),
         eos: Some(2),
         add_bos: false,
+        ..GgufVocab::default()
     }
 }
 
@@ -107,7 +108,7 @@ fn what_is_not_supported_or_not_sound_is_named() {
         f(&mut v);
         Tokenizer::from_gguf(v).unwrap_err().to_string()
     };
-    assert!(error(|v| v.model = "llama".into()).contains("llama"));
+    assert!(error(|v| v.model = "rwkv".into()).contains("rwkv"));
     assert!(error(|v| v.pre = "other".into()).contains("other"));
     assert!(error(|v| v.eos = Some(9999)).contains("9999"));
     assert!(error(|v| v.token_types.truncate(5)).contains('5'));
@@ -409,5 +410,88 @@ proptest! {
         if let Ok(c) = ChatTemplate::new(&source, "", "") {
             let _ = c.encode(&tokenizer(), &[Message::new("user", "x")], true);
         }
+    }
+}
+
+/// A SentencePiece vocabulary: bytes, a few characters, what they join to.
+fn pieces(add_space_prefix: Option<bool>) -> GgufVocab {
+    let mut tokens: Vec<String> = ["<unk>", "<s>", "</s>", "\n\n"].map(String::from).to_vec();
+    let mut token_types = vec![2, 3, 3, 4];
+    tokens.extend((0..=255).map(|b| format!("<0x{b:02X}>")));
+    token_types.resize(tokens.len(), 6);
+    tokens.extend(["▁", "h", "i", "t", "hi", "▁hi", "it", "▁▁", "s"].map(String::from));
+    token_types.resize(tokens.len(), 1);
+    let scores = (0..tokens.len()).map(|i| -(i as f32)).collect();
+    GgufVocab {
+        model: "llama".into(),
+        tokens,
+        token_types,
+        scores,
+        add_space_prefix,
+        unknown: Some(0),
+        bos: Some(1),
+        eos: Some(2),
+        ..GgufVocab::default()
+    }
+}
+
+#[test]
+fn sentence_piece_joins_by_score_and_falls_back_to_bytes() {
+    let t = Tokenizer::from_gguf(pieces(Some(false))).unwrap();
+    let words = |text: &str, special| -> Vec<String> {
+        let ids = t.encode(text, special).unwrap();
+        ids.iter().map(|&id| t.decode(&[id], false)).collect()
+    };
+    // "hi" was learned before "it", so it joins first.
+    assert_eq!(words("hit hi", false), ["hi", "t", " hi"]);
+    assert_eq!(words("  hi\n\nt", false), [" ", " hi", "\n\n", "t"]);
+    let bytes = t.encode("é<s>", false).unwrap();
+    assert_eq!(bytes[..2], [4 + 0xC3, 4 + 0xA9]);
+    assert!(bytes.iter().all(|&id| !t.is_control(id)));
+    assert_eq!(t.decode(&bytes, true), "é<s>");
+    assert_eq!(t.encode("<s>hi</s>", true).unwrap(), [1, 264, 2]);
+    let spaced = Tokenizer::from_gguf(pieces(None)).unwrap();
+    assert_eq!(spaced.decode(&spaced.encode("hi", false).unwrap(), true), " hi");
+}
+
+#[test]
+fn sentence_piece_that_contradicts_itself_is_refused() {
+    let error = |change: fn(&mut GgufVocab)| {
+        let mut vocab = pieces(None);
+        change(&mut vocab);
+        Tokenizer::from_gguf(vocab).unwrap_err().to_string()
+    };
+    assert!(error(|v| v.scores.truncate(3)).contains("3 scores"));
+    assert!(error(|v| v.tokens[5] = "<0xZZ>".into()).contains("<0xZZ>"));
+    assert!(error(|v| v.tokens[5] = "hi".into()).contains("hi"));
+}
+
+#[test]
+fn sentence_piece_from_json_spells_as_from_gguf() {
+    let mut ids = serde_json::Map::new();
+    let gguf = pieces(Some(false));
+    for (id, token) in gguf.tokens.iter().enumerate() {
+        ids.insert(token.clone(), id.into());
+    }
+    let special = |id: u32, content: &str| {
+        serde_json::json!({"id": id, "content": content, "special": true, "normalized": false,
+            "single_word": false, "lstrip": false, "rstrip": false})
+    };
+    let file = serde_json::json!({
+        "version": "1.0",
+        "added_tokens": [special(1, "<s>"), special(2, "</s>")],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {"type": "BPE", "vocab": ids, "merges": [["h", "i"], ["▁", "hi"], ["i", "t"], ["▁", "▁"]],
+            "unk_token": "<unk>", "fuse_unk": true, "byte_fallback": true},
+    });
+    let json = Tokenizer::from_json(file.to_string().as_bytes()).unwrap();
+    let gguf = Tokenizer::from_gguf(gguf).unwrap();
+    for text in ["hit hi", "  hié<s>"] {
+        let ids = json.encode(text, false).unwrap();
+        assert_eq!(ids, gguf.encode(text, false).unwrap());
+        assert_eq!(json.decode(&ids, true), text);
     }
 }

@@ -111,6 +111,7 @@ fn smollm() -> Option<(Tokenizer, ChatTemplate)> {
         bos: Some(numbers(take("ggml.bos_token_id"))[0] as u32),
         eos: Some(numbers(take("ggml.eos_token_id"))[0] as u32),
         add_bos: numbers(take("ggml.add_bos_token"))[0] != 0,
+        ..GgufVocab::default()
     };
     let template = text(take("chat_template"));
     Some((

@@ -46,7 +46,7 @@ impl From<&Config> for Dims {
             ffn: c.ffn,
             vocab: c.vocab,
             context: c.context,
-            theta: c.rope_theta,
+            theta: c.rope_theta(),
             eps: c.eps,
         }
     }

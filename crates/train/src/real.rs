@@ -52,6 +52,7 @@ fn tokenizer(bytes: &[u8]) -> Tokenizer {
         bos: id("tokenizer.ggml.bos_token_id"),
         eos: id("tokenizer.ggml.eos_token_id"),
         add_bos: false,
+        ..GgufVocab::default()
     })
     .unwrap()
 }

@@ -37,6 +37,31 @@ fn malformed_json_has_line_and_column() {
 }
 
 #[test]
+fn priority_is_any_integer_of_32_bits() {
+    for (sent, read) in [(json!({}), None), (json!({"priority": -7}), Some(-7))] {
+        assert_eq!(chat(sent.clone()).unwrap().priority, read);
+        let mut body = sent;
+        body["model"] = "m".into();
+        body["prompt"] = "x".into();
+        let r = CompletionRequest::parse(body.to_string().as_bytes()).unwrap();
+        assert_eq!(r.priority, read);
+    }
+    let over = i64::from(i32::MAX) + 1;
+    refused(
+        json!({"priority": over}),
+        "priority",
+        "invalid_value",
+        "2147483648",
+    );
+    refused(
+        json!({"priority": "high"}),
+        "priority",
+        "invalid_type",
+        "the string",
+    );
+}
+
+#[test]
 fn every_bad_value_is_named_with_its_numbers() {
     refused(
         json!({"temperature": 3}),

@@ -6,18 +6,40 @@ use ashlar_api::{ChatMessage, Finish};
 use futures::{StreamExt, executor::block_on};
 use std::time::Duration;
 
+const BLOCKS: usize = 16;
+
 const CONFIG: EngineConfig = EngineConfig {
-    kv_blocks: 16,
+    kv_type: ashlar_model::KvType::F16,
+    kv_blocks: Some(BLOCKS),
     max_batch: 4,
     max_prefill: 64,
     max_queue: 3,
+    max_queue_bytes: 64 << 10,
+    threads: None,
+    memory_bytes: Some(1 << 30),
 };
 
-fn backend(pause: Duration) -> LocalBackend {
+fn plan(config: &EngineConfig) -> MemoryPlan {
+    let need = Need {
+        weights: 0,
+        kv_block: 1000,
+        workspace: 0,
+        context: 4096,
+        threads: 1,
+    };
+    MemoryPlan::fit(need, config, available(config)).unwrap()
+}
+
+fn with(config: EngineConfig, pause: Duration) -> LocalBackend {
     let (tokenizer, template) = text();
-    let mut fake = Fake::new(CONFIG.kv_blocks);
+    let plan = plan(&config);
+    let mut fake = Fake::new(plan.kv_blocks);
     fake.pause = pause;
-    LocalBackend::start("m", fake, 4096, tokenizer, template, CONFIG).unwrap()
+    LocalBackend::start("m", fake, plan, tokenizer, template, config).unwrap()
+}
+
+fn backend(pause: Duration) -> LocalBackend {
+    with(CONFIG, pause)
 }
 
 fn chat(content: &str) -> ChatRequest {
@@ -154,7 +176,7 @@ fn other_bad_requests_are_typed() {
     assert_eq!(e.param.as_deref(), Some("continuation"));
     let (tokenizer, template) = text();
     let none = EngineConfig {
-        kv_blocks: 0,
+        kv_blocks: Some(0),
         ..CONFIG
     };
     assert!(matches!(
@@ -199,24 +221,174 @@ fn a_full_queue_is_429_with_a_time() {
     );
 }
 
+/// The door's second limit: not the number of requests but their bytes.
 #[test]
-fn a_panic_reaches_every_client_and_the_health() {
+fn a_queue_longer_than_memory_is_429() {
+    let config = EngineConfig {
+        max_batch: 1,
+        max_queue: 1000,
+        max_queue_bytes: 20 << 10,
+        ..CONFIG
+    };
+    let b = with(config, Duration::from_millis(5));
+    let mut held = Vec::new();
+    let e = loop {
+        match block_on(b.complete(ids(vec![9; 400], 100))) {
+            Ok(stream) => held.push(stream),
+            Err(e) => break e,
+        }
+        assert!(held.len() < 1000, "the queue has no end");
+    };
+    // 2000 bytes each: ten wait, one or two have started.
+    assert!((10..=13).contains(&held.len()), "{}", held.len());
+    assert_eq!((e.status, e.code.as_deref()), (429, Some("queue_full")));
+    assert!(
+        e.retry_after.is_some() && e.message.contains("20480"),
+        "{}",
+        e.message
+    );
+    assert!(b.stats().queued_bytes <= 20 << 10);
+    let first = held.remove(0);
+    drop(held);
+    until(&b, "empty", |s| s.waiting == 0 && s.queued_bytes == 0);
+    let events = block_on(first.collect::<Vec<_>>());
+    assert!(matches!(events.last(), Some(Ok(Event::Done { .. }))));
+    let none = EngineConfig {
+        max_queue_bytes: 1 << 10,
+        ..CONFIG
+    };
+    let (tokenizer, template) = text();
+    let e = LocalBackend::start("m", Fake::new(16), plan(&none), tokenizer, template, none);
+    assert!(
+        matches!(
+            e.err(),
+            Some(EngineError::Setting {
+                name: "max_queue_bytes",
+                ..
+            })
+        ),
+        "a queue that could never hold the longest request"
+    );
+}
+
+#[test]
+fn a_panic_fails_its_step_and_the_next_request_is_served() {
     let b = backend(Duration::from_millis(2));
     let bystander = block_on(b.complete(ids(vec![1; 10], 400))).unwrap();
     let culprit = block_on(b.complete(ids(vec![BOOM; 3], 4))).unwrap();
-    for stream in [bystander, culprit] {
+    let events = block_on(culprit.collect::<Vec<_>>());
+    let Some(Err(e)) = events.last() else {
+        panic!("{events:?}");
+    };
+    assert_eq!(e.status, 500);
+    assert!(e.message.contains("bad token"), "{}", e.message);
+    drop(bystander);
+    assert_eq!(b.stats().unhealthy, None);
+    let events = block_on(async { b.chat(chat("x")).await.unwrap().collect::<Vec<_>>().await });
+    assert!(
+        matches!(events.last(), Some(Ok(Event::Done { .. }))),
+        "{events:?}"
+    );
+    until(&b, "idle", |s| (s.panics, s.blocks_used) == (1, 0));
+}
+
+/// The fake model behind a pool of real workers, one of which panics.
+struct Pooled {
+    fake: Fake,
+    pool: Arc<Pool>,
+    /// Tasks fail at tokens from here on.
+    worst: u32,
+}
+
+impl Forward for Pooled {
+    fn vocab(&self) -> usize {
+        self.fake.vocab()
+    }
+
+    fn forward(
+        &mut self,
+        items: &[ashlar_model::Item<'_>],
+        row: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), ashlar_model::ModelError> {
+        let (pool, worst) = (&self.pool, self.worst);
+        let broken = items.iter().any(|i| i.tokens.iter().any(|&t| t >= worst));
+        pool.run(64, |task, _| {
+            assert!(!(broken && task == 63), "a worker broke down")
+        });
+        self.fake.forward(items, row)
+    }
+}
+
+#[test]
+fn a_panicking_worker_costs_its_step_alone() {
+    let (tokenizer, template) = text();
+    let forward = Pooled {
+        fake: Fake::new(BLOCKS),
+        pool: Pool::new(4),
+        worst: 250,
+    };
+    let plan = plan(&CONFIG);
+    let b = LocalBackend::start("m", forward, plan, tokenizer, template, CONFIG).unwrap();
+    for _ in 0..10 {
+        let stream = block_on(b.complete(ids(vec![251; 3], 4))).unwrap();
         let events = block_on(stream.collect::<Vec<_>>());
         let Some(Err(e)) = events.last() else {
-            // The bystander may have ended before.
-            assert!(matches!(events.last(), Some(Ok(Event::Done { .. }))));
-            continue;
+            panic!("{events:?}");
         };
-        assert_eq!(e.status, 500);
+        assert!(e.status == 500 && e.message.contains("broke down"), "{e}");
+        // Good steps between the bad ones.
+        assert!(block_on(b.score("abc", "d")).unwrap().logprob < 0.0);
+    }
+    assert_eq!(b.stats().unhealthy, None);
+    until(&b, "idle", |s| (s.panics, s.blocks_used) == (10, 0));
+}
+
+#[test]
+fn panic_after_panic_makes_it_unhealthy() {
+    let b = backend(Duration::ZERO);
+    for _ in 0..3 {
+        let Ok(stream) = block_on(b.complete(ids(vec![BOOM; 3], 4))) else {
+            break;
+        };
+        let events = block_on(stream.collect::<Vec<_>>());
+        assert!(matches!(events.last(), Some(Err(e)) if e.status == 500));
     }
     until(&b, "unhealthy", |s| s.unhealthy.is_some());
     assert!(b.stats().unhealthy.unwrap().contains("bad token"));
     assert_eq!(refused(block_on(b.chat(chat("x")))).status, 503);
     assert_eq!(block_on(b.score("a", "b")).unwrap_err().status, 503);
+}
+
+#[test]
+fn priority_and_user_reach_the_scheduler() {
+    let config = EngineConfig {
+        max_batch: 1,
+        ..CONFIG
+    };
+    let b = with(config, Duration::from_millis(3));
+    let mut first = block_on(b.complete(ids(vec![1; 10], 60))).unwrap();
+    assert!(matches!(
+        block_on(first.next()),
+        Some(Ok(Event::Started { .. }))
+    ));
+    let ask = |priority| ChatRequest {
+        priority: Some(priority),
+        user: Some("u".into()),
+        ..chat("x")
+    };
+    let (mut late, mut soon) = (
+        block_on(b.chat(ask(3))).unwrap(),
+        block_on(b.chat(ask(-3))).unwrap(),
+    );
+    drop(first);
+    let events = block_on(soon.by_ref().collect::<Vec<_>>());
+    assert!(matches!(events.last(), Some(Ok(Event::Done { .. }))));
+    let late = block_on(late.by_ref().collect::<Vec<_>>());
+    let queue = |events: &[Result<Event, ApiError>]| match events.last() {
+        Some(Ok(Event::Done { timings, .. })) => timings.queue_ms,
+        other => panic!("{other:?}"),
+    };
+    assert!(queue(&late) > queue(&events));
 }
 
 #[test]

@@ -1,0 +1,323 @@
+//! The AVX2 tier: a group as two halves of eight columns.
+//!
+//! Without a byte dot product that adds to 32 bits, products go through 16 bits:
+//! codes of up to five bits may be summed over a half block there, wider ones are
+//! widened pair by pair. What is computed, and in which order, is in the parent
+//! module.
+
+use super::{Out, Rows};
+use crate::packed::{BLOCK, Codes, FORMATS, Format, Kind, Per, SUPER};
+use crate::quants::IQ4_NL;
+use std::{arch::x86_64::*, ops::Range};
+
+/// Rows `range` times one group of quantized weights of format `f`.
+///
+/// # Safety
+/// Needs AVX2, FMA and F16C; `out` is valid for the rows.
+pub(super) unsafe fn quantized(f: usize, data: &[u8], rows: Rows, range: Range<usize>, out: Out) {
+    let blocks = rows.k / BLOCK;
+    assert!(rows.codes.len() >= range.end * rows.k && rows.k.is_multiple_of(BLOCK));
+    assert!(rows.blocks.len() >= range.end * blocks);
+    assert_eq!(data.len(), FORMATS[f].heads_bytes(blocks) + blocks * FORMATS[f].code_bytes());
+    // SAFETY: lengths just checked; the rest is the caller's promise.
+    unsafe {
+        match f {
+            0 => rows_of::<0>(data, rows, range, out),
+            1 => rows_of::<1>(data, rows, range, out),
+            2 => rows_of::<2>(data, rows, range, out),
+            3 => rows_of::<3>(data, rows, range, out),
+            4 => rows_of::<4>(data, rows, range, out),
+            5 => rows_of::<5>(data, rows, range, out),
+            6 => rows_of::<6>(data, rows, range, out),
+            7 => rows_of::<7>(data, rows, range, out),
+            8 => rows_of::<8>(data, rows, range, out),
+            9 => rows_of::<9>(data, rows, range, out),
+            _ => rows_of::<10>(data, rows, range, out),
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn rows_of<const F: usize>(data: &[u8], rows: Rows, range: Range<usize>, out: Out) {
+    let first = range.start;
+    let mut r = range.start;
+    while r < range.end {
+        // SAFETY: the caller's promise, for rows from `r` on.
+        unsafe {
+            let at = Out { at: out.at.add((r - first) * out.stride), ..out };
+            if range.end - r >= 4 {
+                tile::<F, 4>(data, rows, r, at);
+                r += 4;
+            } else {
+                tile::<F, 1>(data, rows, r, at);
+                r += 1;
+            }
+        }
+    }
+}
+
+struct Of<const F: usize>;
+
+impl<const F: usize> Of<F> {
+    const FORMAT: Format = FORMATS[F];
+    /// Whether four products of pairs fit 16 bits.
+    const SMALL: bool = matches!(FORMATS[F].codes, Codes::Nibble | Codes::Five);
+}
+
+/// Spreads 32 bits to 32 bytes of `value` where they are set.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn bits(plane: u32, value: i8) -> __m256i {
+    let spread = _mm256_shuffle_epi8(
+        _mm256_set1_epi32(plane as i32),
+        _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303),
+    );
+    let each = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+    let set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, each), each);
+    _mm256_and_si256(set, _mm256_set1_epi8(value))
+}
+
+/// Steps `i` and `i + 4` of eight columns of a block: unsigned codes, or signed
+/// ones for bytes and tables.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn unpack<const F: usize>(codes: *const u8, i: usize, side: usize) -> (__m256i, __m256i) {
+    // SAFETY: the caller's block holds all of its format's bytes.
+    unsafe {
+        let load = |step: usize| _mm256_loadu_si256(codes.add(step * 64 + side * 32).cast());
+        if matches!(Of::<F>::FORMAT.codes, Codes::Byte) {
+            let flip = _mm256_set1_epi8(-128);
+            return (_mm256_xor_si256(load(i), flip), _mm256_xor_si256(load(i + 4), flip));
+        }
+        let (both, low_bits) = (load(i), _mm256_set1_epi8(15));
+        let mut low = _mm256_and_si256(both, low_bits);
+        let mut high = _mm256_and_si256(_mm256_srli_epi16::<4>(both), low_bits);
+        let plane = |p: usize, s: usize| {
+            codes.add(256 + p * 64 + s * 8 + side * 4).cast::<u32>().read_unaligned()
+        };
+        match Of::<F>::FORMAT.codes {
+            Codes::Table => {
+                let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(IQ4_NL.as_ptr().cast()));
+                low = _mm256_shuffle_epi8(table, low);
+                high = _mm256_shuffle_epi8(table, high);
+            }
+            Codes::Five | Codes::Six => {
+                low = _mm256_or_si256(low, bits(plane(0, i), 16));
+                high = _mm256_or_si256(high, bits(plane(0, i + 4), 16));
+                if matches!(Of::<F>::FORMAT.codes, Codes::Six) {
+                    low = _mm256_or_si256(low, bits(plane(1, i), 32));
+                    high = _mm256_or_si256(high, bits(plane(1, i + 4), 32));
+                }
+            }
+            _ => {}
+        }
+        (low, high)
+    }
+}
+
+/// `M` rows from `r` on times the group, eight columns at a time.
+///
+/// # Safety
+/// As [`quantized`].
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn tile<const F: usize, const M: usize>(data: &[u8], rows: Rows, r: usize, out: Out) {
+    // SAFETY: `quantized` checked that the group and the rows have these lengths.
+    unsafe {
+        for side in 0..out.cols.div_ceil(8) {
+            half::<F, M>(data, rows, r, side, out);
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn half<const F: usize, const M: usize>(
+    data: &[u8],
+    rows: Rows,
+    r: usize,
+    side: usize,
+    out: Out,
+) {
+    let f = Of::<F>::FORMAT;
+    let signed_codes = matches!(f.codes, Codes::Byte | Codes::Table);
+    let (k, blocks) = (rows.k, rows.k / BLOCK);
+    // SAFETY: `quantized` checked the lengths; `side` is 0 or 1.
+    unsafe {
+        let heads = data.as_ptr();
+        let codes = heads.add(f.heads_bytes(blocks));
+        let factor = |p: *const u8| _mm256_cvtph_ps(_mm_loadu_si128(p.add(side * 16).cast()));
+        let unsigned = |p: *const u8| _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(side * 8).cast()));
+        let signed = |p: *const u8| _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.add(side * 8).cast()));
+        let ones = _mm256_set1_epi16(1);
+        let mut a = [_mm256_setzero_ps(); M];
+        let mut b = [_mm256_setzero_ps(); M];
+        for block in 0..blocks {
+            let code = codes.add(block * f.code_bytes());
+            let q = rows.codes.as_ptr().add(r * k + block * BLOCK);
+            let act = rows.blocks.as_ptr().add(r * blocks + block);
+            let (run, within) = if f.is_super() { (block / SUPER, block % SUPER) } else { (block, 0) };
+            let head = heads.add(run * f.head_bytes());
+            let sub = head.add(f.factor_bytes() + within * f.sub_bytes());
+            let mut low = [_mm256_setzero_si256(); M];
+            let mut high = [_mm256_setzero_si256(); M];
+            for s in 0..4 {
+                let (w_low, w_high) = unpack::<F>(code, s, side);
+                for i in 0..M {
+                    let at = |s: usize| {
+                        _mm256_set1_epi32(q.add(i * k + s * 4).cast::<i32>().read_unaligned())
+                    };
+                    let add = |acc: __m256i, w: __m256i, q: __m256i| {
+                        if signed_codes {
+                            // |w| ≤ 128 and |q| ≤ 127: a pair fits 16 bits.
+                            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(q, w));
+                            return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, ones));
+                        }
+                        let pairs = _mm256_maddubs_epi16(w, q);
+                        if Of::<F>::SMALL {
+                            // At most 4 × 2 × 31 × 127, which fits 16 bits.
+                            _mm256_add_epi16(acc, pairs)
+                        } else {
+                            _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, ones))
+                        }
+                    };
+                    low[i] = add(low[i], w_low, at(s));
+                    high[i] = add(high[i], w_high, at(s + 4));
+                }
+            }
+            let scale = factor(head);
+            for i in 0..M {
+                let act = act.add(i * blocks);
+                let sum = |half: __m256i, index: usize| {
+                    let half = if Of::<F>::SMALL { _mm256_madd_epi16(half, ones) } else { half };
+                    if f.offset == 0 || signed_codes {
+                        return half;
+                    }
+                    _mm256_sub_epi32(half, _mm256_set1_epi32(f.offset * (*act).halves[index]))
+                };
+                let (low, high) = (sum(low[i], 0), sum(high[i], 1));
+                let dot = match f.scale {
+                    Per::Sub16 => _mm256_add_epi32(
+                        _mm256_mullo_epi32(low, signed(sub)),
+                        _mm256_mullo_epi32(high, signed(sub.add(16))),
+                    ),
+                    Per::Sub32 => _mm256_mullo_epi32(_mm256_add_epi32(low, high), unsigned(sub)),
+                    _ => _mm256_add_epi32(low, high),
+                };
+                let both = _mm256_mul_ps(scale, _mm256_set1_ps((*act).scale));
+                a[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), both, a[i]);
+            }
+            if matches!(f.min, Per::Nothing) {
+                continue;
+            }
+            let min = factor(head.add(32));
+            let mins = sub.add(16 * f.scale.subs());
+            for i in 0..M {
+                let act = act.add(i * blocks);
+                let of = |half: usize| _mm256_set1_epi32((*act).halves[half]);
+                let sum = match f.min {
+                    Per::Block => {
+                        b[i] = _mm256_fmadd_ps(min, _mm256_set1_ps((*act).sum), b[i]);
+                        continue;
+                    }
+                    Per::Sub32 => _mm256_mullo_epi32(unsigned(mins), _mm256_add_epi32(of(0), of(1))),
+                    _ => _mm256_add_epi32(
+                        _mm256_mullo_epi32(unsigned(mins), of(0)),
+                        _mm256_mullo_epi32(unsigned(mins.add(16)), of(1)),
+                    ),
+                };
+                let both = _mm256_mul_ps(min, _mm256_set1_ps((*act).scale));
+                b[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), both, b[i]);
+            }
+        }
+        for i in 0..M {
+            let sum = match f.min {
+                Per::Nothing => a[i],
+                Per::Block => _mm256_add_ps(a[i], b[i]),
+                _ => _mm256_sub_ps(a[i], b[i]),
+            };
+            store(out, i, side, sum);
+        }
+    }
+}
+
+/// Writes one half of row `i` of a tile.
+///
+/// # Safety
+/// `out` is valid for that row.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn store(out: Out, i: usize, side: usize, row: __m256) {
+    let left = (out.cols - side * 8).min(8) as i32;
+    let mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(left), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    // SAFETY: the mask leaves out columns beyond the matrix.
+    unsafe { _mm256_maskstore_ps(out.at.add(i * out.stride + side * 8), mask, row) };
+}
+
+/// Rows `range` times one group of plain weights.
+///
+/// # Safety
+/// As [`quantized`].
+pub(super) unsafe fn plain(kind: Kind, data: &[u8], rows: Rows, range: Range<usize>, out: Out) {
+    assert!(rows.x.len() >= range.end * rows.k);
+    let width = if kind == Kind::F32 { 64 } else { 32 };
+    assert_eq!(data.len(), rows.k * width);
+    // SAFETY: lengths just checked; the rest is the caller's promise.
+    unsafe {
+        match kind {
+            Kind::F16 => plain_rows::<0>(data, rows, range, out),
+            Kind::BF16 => plain_rows::<1>(data, rows, range, out),
+            _ => plain_rows::<2>(data, rows, range, out),
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn plain_rows<const T: u8>(data: &[u8], rows: Rows, range: Range<usize>, out: Out) {
+    let first = range.start;
+    let mut r = range.start;
+    while r < range.end {
+        // SAFETY: the caller's promise, for rows from `r` on.
+        unsafe {
+            let at = Out { at: out.at.add((r - first) * out.stride), ..out };
+            if range.end - r >= 4 {
+                plain_tile::<T, 4>(data, rows, r, at);
+                r += 4;
+            } else {
+                plain_tile::<T, 1>(data, rows, r, at);
+                r += 1;
+            }
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn plain_tile<const T: u8, const M: usize>(data: &[u8], rows: Rows, r: usize, out: Out) {
+    // SAFETY: `plain` checked the lengths.
+    unsafe {
+        let x = rows.x.as_ptr().add(r * rows.k);
+        let mut sums = [[_mm256_setzero_ps(); 2]; M];
+        for p in 0..rows.k {
+            let w: [__m256; 2] = std::array::from_fn(|side| {
+                let half = || _mm_loadu_si128(data.as_ptr().add(p * 32 + side * 16).cast());
+                match T {
+                    0 => _mm256_cvtph_ps(half()),
+                    1 => _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half()))),
+                    _ => _mm256_loadu_ps(data.as_ptr().add(p * 64 + side * 32).cast()),
+                }
+            });
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let x = _mm256_set1_ps(*x.add(i * rows.k + p));
+                for (sum, w) in sums.iter_mut().zip(w) {
+                    *sum = _mm256_fmadd_ps(x, w, *sum);
+                }
+            }
+        }
+        for (i, sums) in sums.into_iter().enumerate() {
+            for side in 0..out.cols.div_ceil(8) {
+                store(out, i, side, sums[side]);
+            }
+        }
+    }
+}

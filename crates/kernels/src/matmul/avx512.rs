@@ -1,0 +1,313 @@
+//! The AVX-512 tier: sixteen columns to a register, the VNNI byte dot product.
+//!
+//! Weights of a block are unpacked once and met by several rows; each row keeps
+//! its chains in registers over the whole of k. What is computed, and in which
+//! order, is in the parent module.
+
+use super::{Activation, Out, Rows};
+use crate::packed::{BLOCK, Codes, FORMATS, Format, Kind, Per, SUPER};
+use crate::quants::IQ4_NL;
+use std::{arch::x86_64::*, ops::Range};
+
+/// Rows `range` times one group of quantized weights of format `f`.
+///
+/// # Safety
+/// Needs AVX-512 F, BW, VL, DQ and VNNI; `out` is valid for the rows.
+pub(super) unsafe fn quantized(f: usize, data: &[u8], rows: Rows, range: Range<usize>, out: Out) {
+    let blocks = rows.k / BLOCK;
+    assert!(rows.codes.len() >= range.end * rows.k && rows.k.is_multiple_of(BLOCK));
+    assert!(rows.blocks.len() >= range.end * blocks);
+    assert_eq!(data.len(), FORMATS[f].heads_bytes(blocks) + blocks * FORMATS[f].code_bytes());
+    // SAFETY: lengths just checked; the rest is the caller's promise.
+    unsafe {
+        match f {
+            0 => rows_of::<0>(data, rows, range, out),
+            1 => rows_of::<1>(data, rows, range, out),
+            2 => rows_of::<2>(data, rows, range, out),
+            3 => rows_of::<3>(data, rows, range, out),
+            4 => rows_of::<4>(data, rows, range, out),
+            5 => rows_of::<5>(data, rows, range, out),
+            6 => rows_of::<6>(data, rows, range, out),
+            7 => rows_of::<7>(data, rows, range, out),
+            8 => rows_of::<8>(data, rows, range, out),
+            9 => rows_of::<9>(data, rows, range, out),
+            _ => rows_of::<10>(data, rows, range, out),
+        }
+    }
+}
+
+/// Calls `$tile::<M>` for each `M` rows of `$range`, as many at once as `$most`.
+macro_rules! by_rows {
+    ($range:expr, $out:expr, [$($m:literal),*], |$r:ident, $at:ident, $m_name:ident| $call:expr) => {{
+        let (first, mut $r, end) = ($range.start, $range.start, $range.end);
+        while $r < end {
+            let left = end - $r;
+            let $at = Out { at: $out.at.add(($r - first) * $out.stride), ..$out };
+            $(if left >= $m {
+                const $m_name: usize = $m;
+                $call;
+                $r += $m;
+                continue;
+            })*
+        }
+    }};
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn rows_of<const F: usize>(data: &[u8], rows: Rows, range: Range<usize>, out: Out) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        by_rows!(range, out, [8, 4, 2, 1], |r, at, M| tile::<F, M>(data, rows, r, at));
+    }
+}
+
+struct Of<const F: usize>;
+
+impl<const F: usize> Of<F> {
+    const FORMAT: Format = FORMATS[F];
+    const HALVES: bool = matches!(FORMATS[F].scale, Per::Sub16);
+}
+
+/// Steps `i` and `i + 4` of a block of codes, unsigned.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn unpack<const F: usize>(codes: *const u8, i: usize) -> (__m512i, __m512i) {
+    // SAFETY: the caller's block holds all of its format's bytes.
+    unsafe {
+        let load = |at: usize| _mm512_loadu_si512(codes.add(at).cast());
+        if matches!(Of::<F>::FORMAT.codes, Codes::Byte) {
+            return (load(i * 64), load((i + 4) * 64));
+        }
+        let both = load(i * 64);
+        let low_bits = _mm512_set1_epi8(15);
+        let mut low = _mm512_and_si512(both, low_bits);
+        let mut high = _mm512_and_si512(_mm512_srli_epi16::<4>(both), low_bits);
+        let plane = |p: usize, s: usize| codes.add(256 + p * 64 + s * 8).cast::<u64>().read_unaligned();
+        match Of::<F>::FORMAT.codes {
+            Codes::Table => {
+                let shifted: [i8; 16] = const {
+                    let mut t = IQ4_NL;
+                    let mut j = 0;
+                    while j < 16 {
+                        t[j] = (t[j] as u8 ^ 0x80) as i8;
+                        j += 1;
+                    }
+                    t
+                };
+                let table = _mm512_broadcast_i32x4(_mm_loadu_si128(shifted.as_ptr().cast()));
+                low = _mm512_shuffle_epi8(table, low);
+                high = _mm512_shuffle_epi8(table, high);
+            }
+            Codes::Five | Codes::Six => {
+                let bit = _mm512_set1_epi8(16);
+                low = _mm512_mask_add_epi8(low, plane(0, i), low, bit);
+                high = _mm512_mask_add_epi8(high, plane(0, i + 4), high, bit);
+                if matches!(Of::<F>::FORMAT.codes, Codes::Six) {
+                    let bit = _mm512_set1_epi8(32);
+                    low = _mm512_mask_add_epi8(low, plane(1, i), low, bit);
+                    high = _mm512_mask_add_epi8(high, plane(1, i + 4), high, bit);
+                }
+            }
+            _ => {}
+        }
+        (low, high)
+    }
+}
+
+/// `M` rows from `r` on times the group.
+///
+/// # Safety
+/// As [`quantized`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn tile<const F: usize, const M: usize>(data: &[u8], rows: Rows, r: usize, out: Out) {
+    let f = Of::<F>::FORMAT;
+    let (k, blocks) = (rows.k, rows.k / BLOCK);
+    // SAFETY: `quantized` checked that the group and the rows have these lengths.
+    unsafe {
+        let heads = data.as_ptr();
+        let codes = heads.add(f.heads_bytes(blocks));
+        let halves16 = |p: *const u8| _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()));
+        let bytes = |p: *const u8| _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
+        let mut a = [_mm512_setzero_ps(); M];
+        let mut b = [_mm512_setzero_ps(); M];
+        for block in 0..blocks {
+            let code = codes.add(block * f.code_bytes());
+            let q = rows.codes.as_ptr().add(r * k + block * BLOCK);
+            let act = rows.blocks.as_ptr().add(r * blocks + block);
+            let (run, within) = if f.is_super() { (block / SUPER, block % SUPER) } else { (block, 0) };
+            let head = heads.add(run * f.head_bytes());
+            let sub = head.add(f.factor_bytes() + within * f.sub_bytes());
+            let mut low = [_mm512_setzero_si512(); M];
+            let mut high = [_mm512_setzero_si512(); M];
+            let shift = f.offset.trailing_zeros();
+            for i in 0..M {
+                if f.offset != 0 {
+                    let [x, y] = (*act.add(i * blocks)).halves;
+                    if Of::<F>::HALVES {
+                        low[i] = _mm512_set1_epi32(-(x << shift));
+                        high[i] = _mm512_set1_epi32(-(y << shift));
+                    } else {
+                        low[i] = _mm512_set1_epi32(-((x + y) << shift));
+                    }
+                }
+            }
+            for s in 0..4 {
+                let (w_low, w_high) = unpack::<F>(code, s);
+                for i in 0..M {
+                    let at = |s: usize| {
+                        _mm512_set1_epi32(q.add(i * k + s * 4).cast::<i32>().read_unaligned())
+                    };
+                    low[i] = _mm512_dpbusd_epi32(low[i], w_low, at(s));
+                    // One row alone has too few chains to hide their latency.
+                    if Of::<F>::HALVES || M == 1 {
+                        high[i] = _mm512_dpbusd_epi32(high[i], w_high, at(s + 4));
+                    } else {
+                        low[i] = _mm512_dpbusd_epi32(low[i], w_high, at(s + 4));
+                    }
+                }
+            }
+            let scale = halves16(head);
+            let signed = |p: *const u8| _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()));
+            for i in 0..M {
+                let act = act.add(i * blocks).cast::<f32>();
+                let dot = match f.scale {
+                    Per::Sub16 => _mm512_add_epi32(
+                        _mm512_mullo_epi32(low[i], signed(sub)),
+                        _mm512_mullo_epi32(high[i], signed(sub.add(16))),
+                    ),
+                    _ => {
+                        let dot = if M == 1 { _mm512_add_epi32(low[i], high[i]) } else { low[i] };
+                        if f.is_super() { _mm512_mullo_epi32(dot, bytes(sub)) } else { dot }
+                    }
+                };
+                let both = _mm512_mul_ps(scale, _mm512_set1_ps(*act));
+                a[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, a[i]);
+            }
+            if matches!(f.min, Per::Nothing) {
+                continue;
+            }
+            let min = halves16(head.add(32));
+            for i in 0..M {
+                let act = act.add(i * blocks);
+                let of = |half: usize| _mm512_set1_epi32((*act).halves[half]);
+                let mins = sub.add(16 * f.scale.subs());
+                let sum = match f.min {
+                    Per::Block => {
+                        b[i] = _mm512_fmadd_ps(min, _mm512_set1_ps((*act).sum), b[i]);
+                        continue;
+                    }
+                    Per::Sub32 => _mm512_mullo_epi32(bytes(mins), _mm512_add_epi32(of(0), of(1))),
+                    _ => _mm512_add_epi32(
+                        _mm512_mullo_epi32(bytes(mins), of(0)),
+                        _mm512_mullo_epi32(bytes(mins.add(16)), of(1)),
+                    ),
+                };
+                let both = _mm512_mul_ps(min, _mm512_set1_ps((*act).scale));
+                b[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), both, b[i]);
+            }
+        }
+        for i in 0..M {
+            let sum = match f.min {
+                Per::Nothing => a[i],
+                Per::Block => _mm512_add_ps(a[i], b[i]),
+                _ => _mm512_sub_ps(a[i], b[i]),
+            };
+            store(out, i, sum);
+        }
+    }
+}
+
+/// Writes row `i` of a tile.
+///
+/// # Safety
+/// `out` is valid for that row.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn store(out: Out, i: usize, row: __m512) {
+    let mask = ((1u32 << out.cols) - 1) as u16;
+    // SAFETY: the mask leaves out columns beyond the matrix.
+    unsafe { _mm512_mask_storeu_ps(out.at.add(i * out.stride), mask, row) };
+}
+
+/// Rows `range` times one group of plain weights.
+///
+/// # Safety
+/// As [`quantized`].
+pub(super) unsafe fn plain(kind: Kind, data: &[u8], rows: Rows, range: Range<usize>, out: Out) {
+    assert!(rows.x.len() >= range.end * rows.k);
+    let width = if kind == Kind::F32 { 64 } else { 32 };
+    assert_eq!(data.len(), rows.k * width);
+    // SAFETY: lengths just checked; the rest is the caller's promise.
+    unsafe {
+        match kind {
+            Kind::F16 => plain_rows::<0>(data, rows, range, out),
+            Kind::BF16 => plain_rows::<1>(data, rows, range, out),
+            _ => plain_rows::<2>(data, rows, range, out),
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn plain_rows<const T: u8>(data: &[u8], rows: Rows, range: Range<usize>, out: Out) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        by_rows!(range, out, [16, 8, 4, 2, 1], |r, at, M| plain_tile::<T, M>(data, rows, r, at));
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn plain_tile<const T: u8, const M: usize>(data: &[u8], rows: Rows, r: usize, out: Out) {
+    // SAFETY: `plain` checked the lengths.
+    unsafe {
+        let x = rows.x.as_ptr().add(r * rows.k);
+        let mut sums = [_mm512_setzero_ps(); M];
+        for p in 0..rows.k {
+            let half = || _mm256_loadu_si256(data.as_ptr().add(p * 32).cast());
+            let w = match T {
+                0 => _mm512_cvtph_ps(half()),
+                1 => _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half()))),
+                _ => _mm512_loadu_ps(data.as_ptr().add(p * 64).cast()),
+            };
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum = _mm512_fmadd_ps(_mm512_set1_ps(*x.add(i * rows.k + p)), w, *sum);
+            }
+        }
+        for (i, sum) in sums.into_iter().enumerate() {
+            store(out, i, sum);
+        }
+    }
+}
+
+/// [`super::quantize_body`] with the same results for finite numbers.
+///
+/// # Safety
+/// Needs what [`quantized`] needs.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+pub(super) unsafe fn quantize(x: &[f32], codes: &mut [i8], meta: &mut [Activation]) {
+    let (xs, _) = x.as_chunks::<BLOCK>();
+    let (codes, _) = codes.as_chunks_mut::<BLOCK>();
+    for ((x, codes), meta) in xs.iter().zip(codes).zip(meta) {
+        // SAFETY: a block is 32 floats and 32 bytes.
+        unsafe {
+            let (x, y) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16)));
+            // The second operand is taken where one is not a number, as `>` does.
+            let zero = _mm512_setzero_ps();
+            let top = _mm512_max_ps(_mm512_abs_ps(y), _mm512_max_ps(_mm512_abs_ps(x), zero));
+            let top = _mm512_reduce_max_ps(top);
+            let inverse = if top > 0.0 { 127.0 / top } else { 0.0 };
+            let inverse = _mm512_set1_ps(inverse);
+            let round = |v: __m512| {
+                let v = _mm512_cvtps_epi32(_mm512_mul_ps(v, inverse));
+                _mm512_min_epi32(_mm512_max_epi32(v, _mm512_set1_epi32(-127)), _mm512_set1_epi32(127))
+            };
+            let (x, y) = (round(x), round(y));
+            _mm_storeu_si128(codes.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(x));
+            _mm_storeu_si128(codes.as_mut_ptr().add(16).cast(), _mm512_cvtepi32_epi8(y));
+            let halves = [_mm512_reduce_add_epi32(x), _mm512_reduce_add_epi32(y)];
+            let scale = top / 127.0;
+            *meta = Activation { scale, sum: scale * (halves[0] + halves[1]) as f32, halves };
+        }
+    }
+}
