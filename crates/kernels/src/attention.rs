@@ -472,6 +472,10 @@ trait Arith {
     /// `Σ q[d] * keys[d][j]`, each one chain of fused multiply-adds in order of d.
     fn scores<const R: usize>(q: [&[f32]; R], keys: &[f32], out: &mut [[f32; BLOCK]; R]);
 
+    /// Turns scores into `e^(score − high)`, `high` being the largest of them and
+    /// of `top`; `high` and their sum, lane by lane joined in halves.
+    fn soften(scores: &mut [f32; BLOCK], top: f32) -> (f32, f32);
+
     /// `sums = sums * shrink`, then for each position in order
     /// `sums = fma(weight, value, sums)`.
     fn weigh<const R: usize>(
@@ -483,6 +487,13 @@ trait Arith {
 
     /// `Σ q[d] * (key[d][j] + 128)` in integers.
     fn dots<const R: usize>(q: [&[i8]; R], keys: &[u8], out: &mut [[i32; BLOCK]; R]);
+
+    /// `out = (dots − shift) * (scales * unit)`; scales are `f32` as bytes.
+    fn scale(dots: &[i32; BLOCK], shift: i32, scales: &[u8], unit: f32, out: &mut [f32; BLOCK]);
+
+    /// 8-bit codes of `weights * scales`; the value of a code of 1. A weight of 0
+    /// stays 0, whatever its scale.
+    fn encode(weights: &[f32; BLOCK], scales: &[u8], codes: &mut [u8; BLOCK]) -> f32;
 
     /// `sums = fma(Σ code[j] * value[j], unit, sums * shrink)`.
     fn weigh_codes<const R: usize>(
@@ -535,6 +546,27 @@ impl Arith for Plain {
     }
 
     #[inline(always)]
+    fn soften(scores: &mut [f32; BLOCK], top: f32) -> (f32, f32) {
+        let mut tops = [f32::NEG_INFINITY; 16];
+        for half in scores.as_chunks::<16>().0 {
+            for (t, s) in tops.iter_mut().zip(half) {
+                *t = if *s > *t { *s } else { *t };
+            }
+        }
+        let high = tops.iter().fold(top, |a, &b| if b > a { b } else { a });
+        for s in scores.iter_mut() {
+            *s = ops::exp(*s - high);
+        }
+        let mut part: [f32; 16] = std::array::from_fn(|j| scores[j] + scores[j + 16]);
+        for width in [8, 4, 2, 1] {
+            for j in 0..width {
+                part[j] += part[j + width];
+            }
+        }
+        (high, part[0])
+    }
+
+    #[inline(always)]
     fn weigh<const R: usize>(
         sums: [&mut [f32]; R],
         shrink: [f32; R],
@@ -563,6 +595,29 @@ impl Arith for Plain {
                 }
             }
         }
+    }
+
+    #[inline(always)]
+    fn scale(dots: &[i32; BLOCK], shift: i32, scales: &[u8], unit: f32, out: &mut [f32; BLOCK]) {
+        for ((o, d), s) in out.iter_mut().zip(dots).zip(scales.as_chunks::<4>().0) {
+            *o = (d - shift) as f32 * (f32::from_le_bytes(*s) * unit);
+        }
+    }
+
+    #[inline(always)]
+    fn encode(weights: &[f32; BLOCK], scales: &[u8], codes: &mut [u8; BLOCK]) -> f32 {
+        let mut scaled = [0f32; BLOCK];
+        let mut top = 0f32;
+        for ((o, w), s) in scaled.iter_mut().zip(weights).zip(scales.as_chunks::<4>().0) {
+            *o = if *w > 0.0 { w * f32::from_le_bytes(*s) } else { 0.0 };
+            top = if *o > top { *o } else { top };
+        }
+        let inverse = if top > 0.0 { 255.0 / top } else { 0.0 };
+        for (c, s) in codes.iter_mut().zip(scaled) {
+            let code = (s * inverse + 12_582_912.0).to_bits() as i32 - 0x4B40_0000;
+            *c = code.clamp(0, 255) as u8;
+        }
+        top / 255.0
     }
 
     #[inline(always)]
@@ -629,20 +684,14 @@ fn meet<A: Arith, const R: usize>(
     let dim = l.head_dim;
     let Scratch { keys, values, vectors, codes, triples, sums, active } = s;
     let chosen: [usize; R] = std::array::from_fn(|i| active[at + i]);
-    let floats = |bytes: &[u8]| -> [f32; BLOCK] {
-        std::array::from_fn(|j| f32::from_le_bytes([bytes[j * 4], bytes[j * 4 + 1], bytes[j * 4 + 2], bytes[j * 4 + 3]]))
-    };
     let mut scores = [[0f32; BLOCK]; R];
     if l.dtype == KvType::Int8 {
         let (k, scales) = job.part(page, head, false).split_at(BLOCK * dim);
-        let scales = floats(scales);
         let mut dots = [[0i32; BLOCK]; R];
         A::dots::<R>(chosen.map(|v| &codes[v * dim..][..dim]), k, &mut dots);
         for i in 0..R {
             let v = &vectors[chosen[i]];
-            for j in 0..BLOCK {
-                scores[i][j] = (dots[i][j] - 128 * v.sum) as f32 * (scales[j] * v.scale);
-            }
+            A::scale(&dots[i], 128 * v.sum, scales, v.scale, &mut scores[i]);
         }
     } else {
         let query = |v: usize| {
@@ -675,24 +724,9 @@ fn meet<A: Arith, const R: usize>(
             }
         }
         let triple = &mut triples[chosen[i]];
-        let mut tops = [f32::NEG_INFINITY; 16];
-        for half in s.as_chunks::<16>().0 {
-            for (t, s) in tops.iter_mut().zip(half) {
-                *t = if *s > *t { *s } else { *t };
-            }
-        }
-        let high = tops.iter().fold(triple.top, |a, &b| if b > a { b } else { a });
+        let (high, sum) = A::soften(s, triple.top);
         shrink[i] = ops::exp(triple.top - high);
-        for s in s.iter_mut() {
-            *s = ops::exp(*s - high);
-        }
-        let mut part: [f32; 16] = std::array::from_fn(|j| s[j] + s[j + 16]);
-        for width in [8, 4, 2, 1] {
-            for j in 0..width {
-                part[j] += part[j + width];
-            }
-        }
-        *triple = Triple { top: high, total: triple.total.mul_add(shrink[i], part[0]) };
+        *triple = Triple { top: high, total: triple.total.mul_add(shrink[i], sum) };
     }
     let base = SendPtr(sums.as_mut_ptr());
     // SAFETY: the chosen vectors are different ones, so their sums are disjoint.
@@ -702,22 +736,9 @@ fn meet<A: Arith, const R: usize>(
         return;
     }
     let (v, scales) = job.part(page, head, true).split_at(BLOCK * dim);
-    let scales = floats(scales);
     let (mut quantized, mut unit) = ([[0u8; BLOCK]; R], [0f32; R]);
     for i in 0..R {
-        let mut tops = [0f32; 16];
-        for j in 0..BLOCK {
-            // Slots not seen may hold anything; their weight is 0 all the same.
-            scores[i][j] = if scores[i][j] > 0.0 { scores[i][j] * scales[j] } else { 0.0 };
-            tops[j % 16] = if scores[i][j] > tops[j % 16] { scores[i][j] } else { tops[j % 16] };
-        }
-        let top = tops.iter().fold(0f32, |a, &b| if b > a { b } else { a });
-        let inverse = if top > 0.0 { 255.0 / top } else { 0.0 };
-        for j in 0..BLOCK {
-            let code = (scores[i][j] * inverse + 12_582_912.0).to_bits() as i32 - 0x4B40_0000;
-            quantized[i][j] = code.clamp(0, 255) as u8;
-        }
-        unit[i] = top / 255.0;
+        unit[i] = A::encode(&scores[i], scales, &mut quantized[i]);
     }
     A::weigh_codes::<R>(sums, shrink, &quantized, unit, v);
 }

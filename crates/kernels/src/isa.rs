@@ -71,8 +71,17 @@ macro_rules! tiered {
             fn fast($($arg: $ty),*) {
                 $body($($arg),*)
             }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
+            #[allow(clippy::too_many_arguments)]
+            fn wide($($arg: $ty),*) {
+                $body($($arg),*)
+            }
             match isa {
                 $crate::Isa::Reference => $body($($arg),*),
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: `Isa::available` found these features.
+                $crate::Isa::Vnni => unsafe { wide($($arg),*) },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: `Isa::available` found these features.
                 _ => unsafe { fast($($arg),*) },

@@ -12,13 +12,49 @@ pub(super) unsafe fn block(job: &Job, head: usize, page: u32, block: usize, s: &
     block_of::<Avx512>(job, head, page, block, s);
 }
 
+/// [`crate::ops::exp`] of sixteen numbers, the same steps.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+fn exp(x: __m512) -> __m512 {
+    let set = |v: f32| _mm512_set1_ps(v);
+    let clamped = _mm512_min_ps(set(89.0), _mm512_max_ps(set(-87.0), x));
+    let shifted = _mm512_fmadd_ps(clamped, set(std::f32::consts::LOG2_E), set(12_582_912.0));
+    let n = _mm512_sub_ps(shifted, set(12_582_912.0));
+    let r = _mm512_fmadd_ps(n, set(-0.693_359_4), clamped);
+    let r = _mm512_fmadd_ps(n, set(2.121_944_4e-4), r);
+    let p = _mm512_fmadd_ps(r, set(1.0 / 720.0), set(1.0 / 120.0));
+    let p = _mm512_fmadd_ps(p, r, set(1.0 / 24.0));
+    let p = _mm512_fmadd_ps(p, r, set(1.0 / 6.0));
+    let p = _mm512_fmadd_ps(p, r, set(0.5));
+    let p = _mm512_fmadd_ps(p, r, set(1.0));
+    let p = _mm512_fmadd_ps(p, r, set(1.0));
+    let n = _mm512_sub_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(0x4B40_0000));
+    let half = _mm512_srai_epi32::<1>(n);
+    let power = |n: __m512i| {
+        let n = _mm512_add_epi32(n, _mm512_set1_epi32(127));
+        _mm512_castsi512_ps(_mm512_slli_epi32::<23>(n))
+    };
+    let y = _mm512_mul_ps(_mm512_mul_ps(p, power(half)), power(_mm512_sub_epi32(n, half)));
+    let there = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, set(-87.0));
+    _mm512_maskz_mov_ps(there, y)
+}
+
 /// Only named from [`block`], so the features are there.
 struct Avx512;
 
 impl Arith for Avx512 {
     #[inline(always)]
     fn widen(dtype: KvType, part: &[u8], out: &mut [f32]) {
-        Plain::widen(dtype, part, out);
+        if dtype != KvType::F16 || !out.len().is_multiple_of(16) || part.len() != 2 * out.len() {
+            return Plain::widen(dtype, part, out);
+        }
+        for at in (0..out.len()).step_by(16) {
+            // SAFETY: sixteen halves and sixteen floats from `at` on are there.
+            unsafe {
+                let half = _mm256_loadu_si256(part.as_ptr().add(at * 2).cast());
+                _mm512_storeu_ps(out.as_mut_ptr().add(at), _mm512_cvtph_ps(half));
+            }
+        }
     }
 
     #[inline(always)]
@@ -41,6 +77,28 @@ impl Arith for Avx512 {
                 _mm512_storeu_ps(out[i].as_mut_ptr(), s[i][0]);
                 _mm512_storeu_ps(out[i].as_mut_ptr().add(16), s[i][1]);
             }
+        }
+    }
+
+    #[inline(always)]
+    fn soften(scores: &mut [f32; BLOCK], top: f32) -> (f32, f32) {
+        // SAFETY: two registers are the block.
+        unsafe {
+            let at = scores.as_mut_ptr();
+            let (a, b) = (_mm512_loadu_ps(at), _mm512_loadu_ps(at.add(16)));
+            // The second operand is taken where one is not a number: `top` is one.
+            let most = _mm512_max_ps(b, _mm512_max_ps(a, _mm512_set1_ps(top)));
+            let high = _mm512_reduce_max_ps(most);
+            let high_all = _mm512_set1_ps(high);
+            let (a, b) = (exp(_mm512_sub_ps(a, high_all)), exp(_mm512_sub_ps(b, high_all)));
+            _mm512_storeu_ps(at, a);
+            _mm512_storeu_ps(at.add(16), b);
+            let s = _mm512_add_ps(a, b);
+            let s = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps::<1>(s));
+            let s = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps::<1>(s));
+            let s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+            let s = _mm_add_ss(s, _mm_shuffle_ps::<1>(s, s));
+            (high, _mm_cvtss_f32(s))
         }
     }
 
@@ -112,6 +170,44 @@ impl Arith for Avx512 {
                 _mm512_storeu_si512(out[i].as_mut_ptr().cast(), s[i][0]);
                 _mm512_storeu_si512(out[i].as_mut_ptr().add(16).cast(), s[i][1]);
             }
+        }
+    }
+
+    #[inline(always)]
+    fn scale(dots: &[i32; BLOCK], shift: i32, scales: &[u8], unit: f32, out: &mut [f32; BLOCK]) {
+        assert_eq!(scales.len(), 4 * BLOCK);
+        for at in [0, 16] {
+            // SAFETY: sixteen of each from `at` on are there.
+            unsafe {
+                let d = _mm512_loadu_si512(dots.as_ptr().add(at).cast());
+                let d = _mm512_cvtepi32_ps(_mm512_sub_epi32(d, _mm512_set1_epi32(shift)));
+                let s = _mm512_loadu_ps(scales.as_ptr().add(at * 4).cast());
+                let s = _mm512_mul_ps(d, _mm512_mul_ps(s, _mm512_set1_ps(unit)));
+                _mm512_storeu_ps(out.as_mut_ptr().add(at), s);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn encode(weights: &[f32; BLOCK], scales: &[u8], codes: &mut [u8; BLOCK]) -> f32 {
+        assert_eq!(scales.len(), 4 * BLOCK);
+        // SAFETY: sixteen of each from 0 and 16 on are there.
+        unsafe {
+            let zero = _mm512_setzero_ps();
+            let scaled = |at: usize| {
+                let w = _mm512_loadu_ps(weights.as_ptr().add(at));
+                let s = _mm512_loadu_ps(scales.as_ptr().add(at * 4).cast());
+                _mm512_maskz_mul_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(w, zero), w, s)
+            };
+            let (a, b) = (scaled(0), scaled(16));
+            let top = _mm512_reduce_max_ps(_mm512_max_ps(b, _mm512_max_ps(a, zero)));
+            let inverse = _mm512_set1_ps(if top > 0.0 { 255.0 / top } else { 0.0 });
+            for (at, v) in [(0, a), (16, b)] {
+                let c = _mm512_cvtps_epi32(_mm512_mul_ps(v, inverse));
+                let c = _mm512_min_epi32(_mm512_max_epi32(c, _mm512_setzero_si512()), _mm512_set1_epi32(255));
+                _mm_storeu_si128(codes.as_mut_ptr().add(at).cast(), _mm512_cvtepi32_epi8(c));
+            }
+            top / 255.0
         }
     }
 
