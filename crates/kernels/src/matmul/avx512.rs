@@ -61,6 +61,10 @@ unsafe fn rows_of<const F: usize>(data: &[u8], rows: Rows, range: Range<usize>, 
     }
 }
 
+/// How far ahead weights are asked for, in bytes. With several rows a block
+/// takes so long that the processor's own prefetch stays too close.
+const AHEAD: usize = 8 << 10;
+
 struct Of<const F: usize>;
 
 impl<const F: usize> Of<F> {
@@ -133,6 +137,9 @@ unsafe fn tile<const F: usize, const M: usize>(data: &[u8], rows: Rows, r: usize
         let mut b = [_mm512_setzero_ps(); M];
         for block in 0..blocks {
             let code = codes.add(block * f.code_bytes());
+            for line in (0..f.code_bytes()).step_by(64) {
+                _mm_prefetch::<_MM_HINT_T0>(code.wrapping_add(AHEAD + line).cast());
+            }
             let q = rows.codes.as_ptr().add(r * k + block * BLOCK);
             let act = rows.blocks.as_ptr().add(r * blocks + block);
             let (run, within) = if f.is_super() { (block / SUPER, block % SUPER) } else { (block, 0) };
@@ -264,6 +271,7 @@ unsafe fn plain_tile<const T: u8, const M: usize>(data: &[u8], rows: Rows, r: us
         let x = rows.x.as_ptr().add(r * rows.k);
         let mut sums = [_mm512_setzero_ps(); M];
         for p in 0..rows.k {
+            _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().wrapping_add(AHEAD + p * if T < 2 { 32 } else { 64 }).cast());
             let half = || _mm256_loadu_si256(data.as_ptr().add(p * 32).cast());
             let w = match T {
                 0 => _mm512_cvtph_ps(half()),
