@@ -20,7 +20,7 @@
 //! `scale * (code − offset) ± minimum` in the order [`crate::dequantize`] has.
 //! What may not happen here: rounding a scale to make two kinds one.
 
-use crate::{KernelError, quants};
+use crate::{KernelError, Pool, quants};
 use ashlar_core::DType;
 use half::{bf16, f16};
 use std::{alloc::Layout, ptr::NonNull};
@@ -261,6 +261,20 @@ impl PackedMatrix {
     /// A type [`crate::dequantize`] does not take, k that does not fill whole
     /// blocks, or bytes of another length.
     pub fn from_rows(dtype: DType, n: usize, k: usize, bytes: &[u8]) -> Result<Self, KernelError> {
+        Self::from_rows_on(&Pool::new(1), dtype, n, k, bytes)
+    }
+
+    /// [`PackedMatrix::from_rows`] on a pool's threads.
+    ///
+    /// # Errors
+    /// As [`PackedMatrix::from_rows`].
+    pub fn from_rows_on(
+        pool: &Pool,
+        dtype: DType,
+        n: usize,
+        k: usize,
+        bytes: &[u8],
+    ) -> Result<Self, KernelError> {
         let row = dtype.bytes_for(k).ok_or(KernelError::Ragged {
             dtype,
             values: k,
@@ -271,41 +285,16 @@ impl PackedMatrix {
             return Err(KernelError::Length { dtype, values, expected, got: bytes.len() });
         }
         let kind = Kind::of(dtype);
+        if kind == Kind::F32 {
+            // What may fail in a row depends on the type alone.
+            quants::dequantize(dtype, &bytes[..row.min(bytes.len())], &mut vec![0.0; if n > 0 { k } else { 0 }])?;
+        }
         let size = kind.group_bytes(k);
         let mut data = Bytes::zeroed(n.div_ceil(GROUP) * size);
-        let mut plain = vec![0.0; if kind == Kind::F32 { k } else { 0 }];
-        for r in 0..n {
-            let src = &bytes[r * row..][..row];
-            let col = r % GROUP;
-            let dst = &mut data[r / GROUP * size..][..size];
-            match kind {
-                Kind::F32 => {
-                    quants::dequantize(dtype, src, &mut plain)?;
-                    for (d, v) in dst.chunks_exact_mut(4 * GROUP).zip(&plain) {
-                        d[col * 4..][..4].copy_from_slice(&v.to_le_bytes());
-                    }
-                }
-                Kind::F16 | Kind::BF16 => {
-                    for (d, s) in dst.chunks_exact_mut(2 * GROUP).zip(src.chunks_exact(2)) {
-                        d[col * 2..][..2].copy_from_slice(s);
-                    }
-                }
-                Kind::Quantized(f) => {
-                    let f = FORMATS[f];
-                    let (heads, codes) = dst.split_at_mut(f.heads_bytes(k / BLOCK));
-                    let span = if f.is_super() { SUPER } else { 1 };
-                    let heads = heads.chunks_exact_mut(f.head_bytes());
-                    let codes = codes.chunks_exact_mut(span * f.code_bytes());
-                    for ((s, head), codes) in src.chunks_exact(dtype.block_bytes()).zip(heads).zip(codes) {
-                        pack_head(dtype, f, s, col, head);
-                        let parts = quants::codes(dtype, s);
-                        for (part, codes) in parts.chunks_exact(BLOCK).zip(codes.chunks_exact_mut(f.code_bytes())) {
-                            pack_codes(f, part, col, codes);
-                        }
-                    }
-                }
-            }
-        }
+        pool.chunks_mut(&mut data, size, |g, dst| {
+            let rows = bytes[g * GROUP * row..].chunks_exact(row.max(1)).take(GROUP);
+            rows.enumerate().for_each(|(col, src)| pack_row(dtype, kind, k, src, col, dst));
+        });
         Ok(Self { n, k, dtype, kind, data })
     }
 
@@ -463,6 +452,39 @@ pub(crate) fn plain(kind: Kind, step: &[u8], col: usize) -> f32 {
         _ => {
             let s = &step[col * 4..][..4];
             f32::from_le_bytes([s[0], s[1], s[2], s[3]])
+        }
+    }
+}
+
+/// Writes one row of a file as column `col` of a group.
+fn pack_row(dtype: DType, kind: Kind, k: usize, src: &[u8], col: usize, dst: &mut [u8]) {
+    match kind {
+        Kind::F32 => {
+            let mut plain = vec![0.0; k];
+            // The caller tried the type, and a row has its length.
+            let _ = quants::dequantize(dtype, src, &mut plain);
+            for (d, v) in dst.chunks_exact_mut(4 * GROUP).zip(&plain) {
+                d[col * 4..][..4].copy_from_slice(&v.to_le_bytes());
+            }
+        }
+        Kind::F16 | Kind::BF16 => {
+            for (d, s) in dst.chunks_exact_mut(2 * GROUP).zip(src.chunks_exact(2)) {
+                d[col * 2..][..2].copy_from_slice(s);
+            }
+        }
+        Kind::Quantized(f) => {
+            let f = FORMATS[f];
+            let (heads, codes) = dst.split_at_mut(f.heads_bytes(k / BLOCK));
+            let span = if f.is_super() { SUPER } else { 1 };
+            let heads = heads.chunks_exact_mut(f.head_bytes());
+            let codes = codes.chunks_exact_mut(span * f.code_bytes());
+            for ((s, head), codes) in src.chunks_exact(dtype.block_bytes()).zip(heads).zip(codes) {
+                pack_head(dtype, f, s, col, head);
+                let parts = quants::codes(dtype, s);
+                for (part, codes) in parts.chunks_exact(BLOCK).zip(codes.chunks_exact_mut(f.code_bytes())) {
+                    pack_codes(f, part, col, codes);
+                }
+            }
         }
     }
 }

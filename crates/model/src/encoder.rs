@@ -69,7 +69,7 @@ impl Encoder {
             let description = arch::from_hf(&folder.file(source::CONFIG)?)?;
             let pooling = if folder.has(POOLING) { pooling(&folder.file(POOLING)?)? } else { Pooling::Mean };
             let shards = folder.shards()?;
-            let source = Source::from_shards(&shards, description.1.prefix)?;
+            let source = Source::from_shards(&shards, description.1.prefix, &pool)?;
             let names = ["embeddings.position_embeddings", "embeddings.token_type_embeddings"];
             return Self::build(&source, description, names, pooling, pool);
         }
@@ -93,7 +93,7 @@ impl Encoder {
             }
         };
         let names = ["position_embd", "token_types"];
-        Self::build(&Source::from_gguf(gguf), description, names, pooling, pool)
+        Self::build(&Source::from_gguf(gguf, &pool), description, names, pooling, pool)
     }
 
     fn build(

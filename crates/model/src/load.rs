@@ -97,7 +97,7 @@ impl Model {
             let folder = Folder::open(path)?;
             let description = arch::from_hf(&folder.file(source::CONFIG)?)?;
             let shards = folder.shards()?;
-            let source = Source::from_shards(&shards, description.1.prefix)?;
+            let source = Source::from_shards(&shards, description.1.prefix, &pool)?;
             return Self::build(&source, description, pool);
         }
         Self::from_gguf(&Gguf::parse(&read(path)?)?, pool)
@@ -108,7 +108,7 @@ impl Model {
     /// # Errors
     /// As [`Model::load`], but for reading.
     pub fn from_gguf(gguf: &Gguf, pool: Arc<Pool>) -> Result<Self, ModelError> {
-        Self::build(&Source::from_gguf(gguf), arch::from_gguf(gguf)?, pool)
+        Self::build(&Source::from_gguf(gguf, &pool), arch::from_gguf(gguf)?, pool)
     }
 
     fn build(source: &Source, (config, names): Description, pool: Arc<Pool>) -> Result<Self, ModelError> {
@@ -225,7 +225,7 @@ impl Reader<'_, '_> {
         let one = |rows: Vec<usize>| {
             let bytes: Vec<u8> = rows.iter().flat_map(|r| &view.data[r * row..][..row]).copied().collect();
             let bias = all.as_ref().map(|all| rows.iter().map(|&r| all[r]).collect());
-            Ok(Linear { w: source::pack(view, rows.len(), k, &bytes)?, bias })
+            Ok(Linear { w: self.source.pack(view, rows.len(), k, &bytes)?, bias })
         };
         let linears = parts.into_iter().map(one).collect::<Result<Vec<_>, ModelError>>()?;
         // As many as there were parts.
@@ -289,7 +289,7 @@ impl Reader<'_, '_> {
                     ExpertNames::Stacked(names) => {
                         let view = self.source.tensor(&weight(&at(names[i])), &[count, n, k])?;
                         let size = view.data.len() / count;
-                        source::pack(view, n, k, &view.data[e * size..][..size]).map(plain)
+                        self.source.pack(view, n, k, &view.data[e * size..][..size]).map(plain)
                     }
                 }
             };

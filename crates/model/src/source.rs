@@ -7,11 +7,12 @@ use crate::{
     ModelError,
     formats::{Gguf, TensorView, safetensors::SafeTensors},
 };
-use ashlar_kernels::{PackedMatrix, dequantize};
+use ashlar_kernels::{PackedMatrix, Pool, dequantize};
 use std::{
     cell::RefCell,
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 /// A folder's configuration.
@@ -25,17 +26,23 @@ pub(crate) struct Source<'a> {
     read: RefCell<HashSet<&'a str>>,
     /// Put before names: base models are saved without their head's prefix.
     prefix: &'static str,
+    /// Packs matrices.
+    pool: Arc<Pool>,
 }
 
 impl<'a> Source<'a> {
     /// Those of a GGUF file.
-    pub(crate) fn from_gguf(gguf: &Gguf<'a>) -> Self {
+    pub(crate) fn from_gguf(gguf: &Gguf<'a>, pool: &Arc<Pool>) -> Self {
         let tensors = gguf.tensors().map(|t| (t.name, t)).collect();
-        Self { tensors, read: RefCell::default(), prefix: "" }
+        Self { tensors, read: RefCell::default(), prefix: "", pool: Arc::clone(pool) }
     }
 
     /// Those of safetensors files. `prefix` is left off where no name has it.
-    pub(crate) fn from_shards(shards: &'a [SafeTensors<'a>], prefix: &'static str) -> Result<Self, ModelError> {
+    pub(crate) fn from_shards(
+        shards: &'a [SafeTensors<'a>],
+        prefix: &'static str,
+        pool: &Arc<Pool>,
+    ) -> Result<Self, ModelError> {
         let mut tensors = HashMap::new();
         for view in shards.iter().flat_map(SafeTensors::tensors) {
             if tensors.insert(view.name, view.clone()).is_some() {
@@ -43,7 +50,7 @@ impl<'a> Source<'a> {
             }
         }
         let prefix = if tensors.keys().any(|k| k.starts_with(prefix)) { prefix } else { "" };
-        Ok(Self { tensors, read: RefCell::default(), prefix })
+        Ok(Self { tensors, read: RefCell::default(), prefix, pool: Arc::clone(pool) })
     }
 
     /// A tensor's name in the file.
@@ -76,7 +83,19 @@ impl<'a> Source<'a> {
     /// The tensor `name` of `[n, k]`, packed.
     pub(crate) fn matrix(&self, name: &str, n: usize, k: usize) -> Result<PackedMatrix, ModelError> {
         let view = self.tensor(name, &[n, k])?;
-        pack(view, n, k, view.data)
+        self.pack(view, n, k, view.data)
+    }
+
+    /// A matrix of `[n, k]` out of a tensor's bytes.
+    pub(crate) fn pack(
+        &self,
+        view: &TensorView,
+        n: usize,
+        k: usize,
+        bytes: &[u8],
+    ) -> Result<PackedMatrix, ModelError> {
+        PackedMatrix::from_rows_on(&self.pool, view.dtype, n, k, bytes)
+            .map_err(|cause| ModelError::Tensor { name: view.name.into(), cause })
     }
 
     /// Refuses tensors that nobody read, but for those `spare` names.
@@ -87,12 +106,6 @@ impl<'a> Source<'a> {
             Some(name) => Err(ModelError::Unused((*name).into())),
         }
     }
-}
-
-/// Packs `n` rows of `k` values out of a tensor's bytes.
-pub(crate) fn pack(view: &TensorView, n: usize, k: usize, bytes: &[u8]) -> Result<PackedMatrix, ModelError> {
-    PackedMatrix::from_rows(view.dtype, n, k, bytes)
-        .map_err(|cause| ModelError::Tensor { name: view.name.into(), cause })
 }
 
 /// A tensor's values, if its shape is `expected`.

@@ -1,6 +1,7 @@
 //! Plain `f32` weights in Hugging Face order, for the trainer.
 
 use crate::{Config, ModelError, arch, formats::Gguf, source::{Source, read}};
+use ashlar_kernels::Pool;
 use std::path::Path;
 
 /// One layer; matrices are `[out, in]`, row-major.
@@ -49,7 +50,7 @@ impl Weights {
     /// As [`crate::Model::load`], but for reading.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self, ModelError> {
         let (config, _) = arch::from_gguf(gguf)?;
-        let source = &Source::from_gguf(gguf);
+        let source = &Source::from_gguf(gguf, &Pool::new(1));
         let c = &config;
         if !c.plain() {
             let architecture = config.architecture;
