@@ -74,6 +74,27 @@ struct Out {
     cols: usize,
 }
 
+/// Does `$call` for `$m_name` rows from `$r` on, written at `$at`, until `$range` is
+/// done: the first of the numbers that still fits, the last being 1.
+#[cfg(target_arch = "x86_64")]
+macro_rules! by_rows {
+    ($range:expr, $out:expr, [$($m:literal),*], |$r:ident, $at:ident, $m_name:ident| $call:expr) => {{
+        let (first, mut $r, end) = ($range.start, $range.start, $range.end);
+        while $r < end {
+            let left = end - $r;
+            let $at = Out { at: $out.at.add(($r - first) * $out.stride), ..$out };
+            $(if left >= $m {
+                const $m_name: usize = $m;
+                $call;
+                $r += $m;
+                continue;
+            })*
+        }
+    }};
+}
+#[cfg(target_arch = "x86_64")]
+use by_rows;
+
 /// `out = x · wᵀ`: x is `[m, k]`, w `[n, k]`, out `[m, n]`, all row-major.
 ///
 /// # Panics

@@ -1,10 +1,12 @@
 //! The predicted buffers against what the allocator hands out. A test program
 //! of its own, for it counts every allocation of the process.
 
+mod common;
+
+use common::file;
 use ashlar_model::{BLOCK, Item, KvCache, KvType, Model, Pool, Want, Workspace, tables_bytes, workspace_bytes};
 use std::{
     alloc::{GlobalAlloc, Layout, System},
-    path::PathBuf,
     sync::atomic::{AtomicUsize, Ordering},
 };
 
@@ -29,20 +31,6 @@ unsafe impl GlobalAlloc for Counting {
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
-
-fn file() -> Option<PathBuf> {
-    let set = |name: &str| std::env::var_os(name).map(PathBuf::from);
-    let path = set("ASHLAR_TEST_MODEL").or_else(|| {
-        let cache = set("ASHLAR_CACHE").or_else(|| Some(set("HOME")?.join(".cache/ashlar")))?;
-        Some(cache.join("models/SmolLM2-135M-Instruct.Q4_1.gguf"))
-    });
-    let found = path.filter(|p| p.exists());
-    if found.is_none() {
-        assert_ne!(std::env::var("ASHLAR_REQUIRE_PEERS").as_deref(), Ok("1"), "no model file");
-        eprintln!("skipped: no model file; set ASHLAR_TEST_MODEL");
-    }
-    found
-}
 
 /// Bytes kept by a fresh workspace after steps of these many rows, of which
 /// `wanted` give logits.

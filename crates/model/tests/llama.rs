@@ -1,23 +1,11 @@
 //! The real model: sensible text, one result on every schedule, and its speed.
 
+mod common;
+
+use common::file;
 use ashlar_kernels::Pool;
 use ashlar_model::{BLOCK, Item, KvCache, Model, ModelError, Want, Workspace, formats::{Gguf, Value}};
-use std::{path::PathBuf, time::Instant};
-
-/// The model file, or `None` where tests may go without.
-fn file() -> Option<PathBuf> {
-    let set = |name: &str| std::env::var_os(name).map(PathBuf::from);
-    let path = set("ASHLAR_TEST_MODEL").or_else(|| {
-        let cache = set("ASHLAR_CACHE").or_else(|| Some(set("HOME")?.join(".cache/ashlar")))?;
-        Some(cache.join("models/SmolLM2-135M-Instruct.Q4_1.gguf"))
-    });
-    let found = path.filter(|p| p.exists());
-    if found.is_none() {
-        assert_ne!(std::env::var("ASHLAR_REQUIRE_PEERS").as_deref(), Ok("1"), "no model file");
-        eprintln!("skipped: no model file; set ASHLAR_TEST_MODEL");
-    }
-    found
-}
+use std::time::Instant;
 
 fn best(row: &[f32]) -> u32 {
     (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap() as u32

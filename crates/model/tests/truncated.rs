@@ -1,26 +1,14 @@
 //! A model file cut short at any moment: a typed error, or no difference at
 //! all, never the end of the process.
 
+mod common;
+
+use common::file;
 use ashlar_model::{Item, KvCache, Model, ModelError, Pool, Want, Workspace};
 use std::{
     fs::{self, File, OpenOptions},
-    path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
 };
-
-fn file() -> Option<PathBuf> {
-    let set = |name: &str| std::env::var_os(name).map(PathBuf::from);
-    let path = set("ASHLAR_TEST_MODEL").or_else(|| {
-        let cache = set("ASHLAR_CACHE").or_else(|| Some(set("HOME")?.join(".cache/ashlar")))?;
-        Some(cache.join("models/SmolLM2-135M-Instruct.Q4_1.gguf"))
-    });
-    let found = path.filter(|p| p.exists());
-    if found.is_none() {
-        assert_ne!(std::env::var("ASHLAR_REQUIRE_PEERS").as_deref(), Ok("1"), "no model file");
-        eprintln!("skipped: no model file; set ASHLAR_TEST_MODEL");
-    }
-    found
-}
 
 fn logits(model: &Model) -> Vec<u32> {
     let (mut cache, mut ws) = (KvCache::new(model.config(), 1), Workspace::default());

@@ -5,7 +5,7 @@
 //! widened pair by pair. What is computed, and in which order, is in the parent
 //! module.
 
-use super::{Out, Rows};
+use super::{Out, Rows, by_rows};
 use crate::packed::{BLOCK, Codes, FORMATS, Format, Kind, Per, SUPER};
 use crate::quants::IQ4_NL;
 use std::{arch::x86_64::*, ops::Range};
@@ -39,20 +39,9 @@ pub(super) unsafe fn quantized(f: usize, data: &[u8], rows: Rows, range: Range<u
 
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn rows_of<const F: usize>(data: &[u8], rows: Rows, range: Range<usize>, out: Out) {
-    let first = range.start;
-    let mut r = range.start;
-    while r < range.end {
-        // SAFETY: the caller's promise, for rows from `r` on.
-        unsafe {
-            let at = Out { at: out.at.add((r - first) * out.stride), ..out };
-            if range.end - r >= 4 {
-                tile::<F, 4>(data, rows, r, at);
-                r += 4;
-            } else {
-                tile::<F, 1>(data, rows, r, at);
-                r += 1;
-            }
-        }
+    // SAFETY: the caller's promise.
+    unsafe {
+        by_rows!(range, out, [4, 1], |r, at, M| tile::<F, M>(data, rows, r, at));
     }
 }
 
@@ -274,20 +263,9 @@ pub(super) unsafe fn plain(kind: Kind, data: &[u8], rows: Rows, range: Range<usi
 
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn plain_rows<const T: u8>(data: &[u8], rows: Rows, range: Range<usize>, out: Out) {
-    let first = range.start;
-    let mut r = range.start;
-    while r < range.end {
-        // SAFETY: the caller's promise, for rows from `r` on.
-        unsafe {
-            let at = Out { at: out.at.add((r - first) * out.stride), ..out };
-            if range.end - r >= 4 {
-                plain_tile::<T, 4>(data, rows, r, at);
-                r += 4;
-            } else {
-                plain_tile::<T, 1>(data, rows, r, at);
-                r += 1;
-            }
-        }
+    // SAFETY: the caller's promise.
+    unsafe {
+        by_rows!(range, out, [4, 1], |r, at, M| plain_tile::<T, M>(data, rows, r, at));
     }
 }
 

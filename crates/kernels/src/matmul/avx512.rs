@@ -4,7 +4,7 @@
 //! its chains in registers over the whole of k. What is computed, and in which
 //! order, is in the parent module.
 
-use super::{Activation, Out, Rows};
+use super::{Activation, Out, Rows, by_rows};
 use crate::packed::{BLOCK, Codes, FORMATS, Format, Kind, Per, SUPER};
 use crate::quants::IQ4_NL;
 use std::{arch::x86_64::*, ops::Range};
@@ -34,23 +34,6 @@ pub(super) unsafe fn quantized(f: usize, data: &[u8], rows: Rows, range: Range<u
             _ => rows_of::<10>(data, rows, range, out),
         }
     }
-}
-
-/// Calls `$tile::<M>` for each `M` rows of `$range`, as many at once as `$most`.
-macro_rules! by_rows {
-    ($range:expr, $out:expr, [$($m:literal),*], |$r:ident, $at:ident, $m_name:ident| $call:expr) => {{
-        let (first, mut $r, end) = ($range.start, $range.start, $range.end);
-        while $r < end {
-            let left = end - $r;
-            let $at = Out { at: $out.at.add(($r - first) * $out.stride), ..$out };
-            $(if left >= $m {
-                const $m_name: usize = $m;
-                $call;
-                $r += $m;
-                continue;
-            })*
-        }
-    }};
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
