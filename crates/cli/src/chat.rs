@@ -1,6 +1,9 @@
 //! `ashlar chat`: a conversation in the terminal, recorded like any other.
 
-use crate::{out, serve};
+use crate::{
+    out,
+    serve::{self, EngineArgs},
+};
 use anyhow::Result;
 use ashlar_store::Store;
 use serde_json::json;
@@ -10,7 +13,7 @@ use std::{io::BufRead, path::Path};
 /// conversation in view.
 pub(crate) async fn run(home: &Path, model: &str) -> Result<()> {
     let store = Store::open(home).await?;
-    let server = serve::start(&store, model, serve::bind("127.0.0.1:0").await?).await?;
+    let server = serve::start(&store, model, serve::bind("127.0.0.1:0").await?, &EngineArgs::default()).await?;
     out::note("type a message; an empty line or Ctrl-D ends");
     let mut messages = Vec::new();
     for line in std::io::stdin().lock().lines() {

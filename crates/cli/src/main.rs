@@ -68,12 +68,14 @@ enum Verb {
     },
     /// Serve the current release, or a GGUF file, over the OpenAI-compatible API.
     Serve {
-        /// A channel's name or a GGUF file.
+        /// A channel's name, a GGUF file, or a folder in Hugging Face's layout.
         #[arg(long, default_value = "prod", value_name = "NAME|PATH")]
         model: String,
         /// Where to listen.
         #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDR")]
         listen: String,
+        #[command(flatten)]
+        engine: serve::EngineArgs,
     },
     /// Talk to the current release in the terminal.
     Chat {
@@ -137,7 +139,7 @@ async fn run(args: Args) -> Result<()> {
         Verb::Takedown { id, reason, dry_run } => {
             takedown::run(&home, &id, &reason, dry_run, json).await
         }
-        Verb::Serve { model, listen } => serve::run(&home, &model, &listen, json).await,
+        Verb::Serve { model, listen, engine } => serve::run(&home, &model, &listen, &engine, json).await,
         Verb::Chat { model } => chat::run(&home, &model).await,
         Verb::Bench { what } => bench::run(what, json).await,
         Verb::Sign { dir, key } => sign::sign(&dir, &key, json),

@@ -3,12 +3,47 @@
 use crate::{out, trace::Overlaps};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use ashlar_api::Backend;
-use ashlar_engine::{EngineConfig, LocalBackend, MemoryPlan};
+use ashlar_engine::{EngineConfig, KvType, LocalBackend, MemoryPlan};
 use ashlar_gateway::{GatewayState, Served};
 use ashlar_store::Store;
 use serde_json::{Value, json};
 use std::{net::SocketAddr, path::Path, sync::Arc};
 use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
+
+/// How the engine is set up; what is left out fits itself to the machine.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub(crate) struct EngineArgs {
+    /// Threads that compute [default: one for each processor].
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// How keys and values are kept: f16, bf16, f32 or int8 [default: f16].
+    #[arg(long, value_name = "TYPE", value_parser = kv_type)]
+    kv_type: Option<KvType>,
+    /// Tokens of context that all requests share [default: what memory holds].
+    #[arg(long, value_name = "N")]
+    kv_tokens: Option<usize>,
+    /// Requests computed together [default: 16].
+    #[arg(long, value_name = "N")]
+    max_batch: Option<usize>,
+}
+
+fn kv_type(name: &str) -> Result<KvType, String> {
+    let known = KvType::ALL.into_iter().find(|t| t.name() == name);
+    known.ok_or_else(|| format!("one of {}", KvType::ALL.map(KvType::name).join(", ")))
+}
+
+impl EngineArgs {
+    fn config(&self) -> EngineConfig {
+        let default = EngineConfig::default();
+        EngineConfig {
+            threads: self.threads,
+            kv_type: self.kv_type.unwrap_or(default.kv_type),
+            kv_blocks: self.kv_tokens.map(|t| t.div_ceil(ashlar_model::BLOCK)),
+            max_batch: self.max_batch.unwrap_or(default.max_batch),
+            ..default
+        }
+    }
+}
 
 /// A running server.
 pub(crate) struct Server {
@@ -39,8 +74,14 @@ pub(crate) async fn bind(address: &str) -> Result<TcpListener> {
     Ok(listener)
 }
 
-/// Serves what `model` names: a channel's current release, or a GGUF file.
-pub(crate) async fn start(store: &Store, model: &str, listener: TcpListener) -> Result<Server> {
+/// Serves what `model` names: a channel's current release, a GGUF file, or a
+/// folder in Hugging Face's layout.
+pub(crate) async fn start(
+    store: &Store,
+    model: &str,
+    listener: TcpListener,
+    engine: &EngineArgs,
+) -> Result<Server> {
     let orphans = store.settle_orphans().await?;
     if orphans > 0 {
         out::note(format!("  {orphans} responses of a killed server settled"));
@@ -61,15 +102,15 @@ pub(crate) async fn start(store: &Store, model: &str, listener: TcpListener) -> 
             let name = artifact.map_or(model.to_string(), |a| a.name.trim_end_matches(".gguf").to_string());
             (path, name, Some(release))
         }
-        None if Path::new(model).is_file() => {
+        None if Path::new(model).exists() => {
             let stem = Path::new(model).file_stem().map_or(model.into(), |s| s.to_string_lossy().into_owned());
             (model.into(), stem, None)
         }
-        None => bail!("{model:?} is neither a channel with a release in {} nor a file; `ashlar up` makes one", store.home().display()),
+        None => bail!("{model:?} is neither a channel with a release in {} nor a file or folder; `ashlar up` makes one", store.home().display()),
     };
     let backend = tokio::task::spawn_blocking({
-        let name = name.clone();
-        move || LocalBackend::open(&name, &path, EngineConfig::default())
+        let (name, config) = (name.clone(), engine.config());
+        move || LocalBackend::open(&name, &path, config)
     })
     .await??;
     let plan = backend.plan().clone();
@@ -141,9 +182,9 @@ impl Server {
 }
 
 /// `ashlar serve`.
-pub(crate) async fn run(home: &Path, model: &str, listen: &str, as_json: bool) -> Result<()> {
+pub(crate) async fn run(home: &Path, model: &str, listen: &str, engine: &EngineArgs, as_json: bool) -> Result<()> {
     let store = Store::open(home).await?;
-    let server = start(&store, model, bind(listen).await?).await?;
+    let server = start(&store, model, bind(listen).await?, engine).await?;
     if as_json {
         out::json(&json!({"address": server.address().to_string(), "model": server.model, "memory": server.plan}))?;
     }

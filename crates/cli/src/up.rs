@@ -8,7 +8,7 @@ use crate::{
     doctor::{cache_dir, cores},
     out,
     recipe::Recipe,
-    serve,
+    serve::{self, EngineArgs},
 };
 use anyhow::{Context, Result};
 use ashlar_core::{ArtifactKind, DType, Digest};
@@ -79,7 +79,7 @@ pub(crate) async fn run(options: &Options) -> Result<()> {
     let signed = up.sign(base, &data, &pack, &adapter, &merged, &evals).await?;
     let release = up.promote(&data, &pack, &adapter, &merged, &evals, &signed).await?;
 
-    let server = serve::start(&up.store, &up.recipe.release.channel, listener).await?;
+    let server = serve::start(&up.store, &up.recipe.release.channel, listener, &EngineArgs::default()).await?;
     let question = match up.recipe.ask.question.trim() {
         "" => evals.tuned.items.first().map(|i| i.question.clone()).unwrap_or_default(),
         asked => asked.to_string(),

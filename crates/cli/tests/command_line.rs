@@ -38,6 +38,7 @@ fn wrong_input_is_told_what_is_wrong_and_what_to_do() {
         (&["takedown", "no-such-document"], "no-such-document"),
         (&["serve", "--model", "no-such-model", "--listen", "127.0.0.1:0"], "no-such-model"),
         (&["serve", "--listen", "0.0.0.0:0"], "loopback"),
+        (&["serve", "--kv-type", "int4"], "f16, bf16, f32, int8"),
         (&["verify"], "--public-key"),
         (&["sign", "no-such-folder", "--key", "no-such-key"], "no-such"),
         (&["up", "--no-such-option"], "--no-such-option"),

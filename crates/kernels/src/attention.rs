@@ -47,6 +47,9 @@ pub enum KvType {
 }
 
 impl KvType {
+    /// Every type.
+    pub const ALL: [Self; 4] = [Self::F16, Self::BF16, Self::F32, Self::Int8];
+
     /// The name settings use.
     pub const fn name(self) -> &'static str {
         match self {
