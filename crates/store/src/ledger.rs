@@ -149,6 +149,13 @@ impl Store {
         &self.inner.home
     }
 
+    /// Closes the ledger's connections, of all clones of this store. Dropping the
+    /// last one does so too, but some time later: whoever copies or replaces the
+    /// files waits for this.
+    pub async fn close(self) {
+        self.pool().close().await;
+    }
+
     pub(crate) fn pool(&self) -> &SqlitePool {
         &self.inner.pool
     }
