@@ -20,7 +20,7 @@ use clap::{Args, Subcommand};
 use load::{Arrival, Load, Tokens};
 use serde_json::{Value, json};
 use std::{
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -121,10 +121,14 @@ pub(crate) async fn run(what: What, as_json: bool) -> Result<()> {
 }
 
 fn engine(args: &Engine, as_json: bool) -> Result<()> {
-    let summary = summary(&args.model)?;
     let start = Instant::now();
-    let model = Arc::new(Model::load_with(&args.model, Pool::new(args.threads))?);
+    let bytes = std::fs::read(&args.model).with_context(|| format!("cannot read {}", args.model.display()))?;
+    let gguf = Gguf::parse(&bytes)?;
+    let model = Arc::new(Model::from_gguf(&gguf, Pool::new(args.threads))?);
     let start_ms = start.elapsed().as_secs_f64() * 1e3;
+    let summary = FileSummary::new(&gguf);
+    drop(gguf);
+    drop(bytes);
     let config = BenchConfig {
         prompt: args.prompt.clone(),
         generate: args.generate.clone(),
@@ -191,12 +195,6 @@ fn engine(args: &Engine, as_json: bool) -> Result<()> {
         out::line(format!("memory is read at {read:.1} GB/s: the bound of weights GB/s for weights larger than the caches"));
     }
     Ok(())
-}
-
-/// The types in a GGUF file.
-fn summary(path: &Path) -> Result<FileSummary> {
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(FileSummary::new(&Gguf::parse(&bytes)?))
 }
 
 /// A test's name as llama-bench writes it, `×N` for N sequences.

@@ -81,7 +81,7 @@ impl Need {
         let rows = config.max_batch.saturating_add(config.max_prefill);
         let wanted = config.max_batch.saturating_add(SCORE_ROWS);
         // Twice, for buffers grow by doubling; and the sampler's two.
-        let workspace = 2 * workspace_bytes(model, rows, wanted) + 2 * 12 * model.vocab;
+        let workspace = 2 * workspace_bytes(model, rows, wanted, threads) + 2 * 12 * model.vocab;
         Self {
             weights: (matrices + tables_bytes(model)) as u64,
             kv_block: KvCache::block_bytes(model, config.kv_type) as u64,

@@ -247,8 +247,11 @@ struct Scratch {
     vectors: Vec<Vector>,
     /// `[vectors][head_dim]`.
     codes: Vec<i8>,
+    /// Of the split at hand.
     triples: Vec<Triple>,
-    /// `[vectors][head_dim]`.
+    /// Of all splits so far.
+    wholes: Vec<Triple>,
+    /// `[vectors][head_dim]`, of the split at hand.
     sums: Vec<f32>,
     active: Vec<usize>,
 }
@@ -295,35 +298,43 @@ fn attention_on<'a>(
     assert_eq!(q.len(), out.len(), "queries and result");
     assert!(spec.alibi.as_ref().is_none_or(|a| a.len() == l.heads), "one slope a head");
     let m = q.len() / width;
-    let most = (TILE * l.kv_heads / l.heads).clamp(1, 16);
+    let group = l.heads / l.kv_heads;
+    let most = (TILE / group).clamp(1, 16);
     let mut tiles: Vec<Tile<'a>> = Vec::new();
     for i in 0..m {
-        let (pages, seen) = row(i);
-        assert!(seen <= pages.len() * BLOCK, "{seen} positions on {} pages", pages.len());
-        let held = layer.data.len() / l.block_bytes();
-        let used = &pages[..seen.div_ceil(BLOCK)];
-        assert!(used.iter().all(|&p| (p as usize) < held), "a page beyond {held}");
+        let pages = row(i).0;
         match tiles.last_mut() {
             Some(t) if std::ptr::eq(t.pages.as_ptr(), pages.as_ptr()) && t.rows.len() < most => t.rows.end += 1,
             _ => tiles.push(Tile { rows: i..i + 1, pages }),
         }
+    }
+    let held = layer.data.len() / l.block_bytes();
+    let seen_by = |tile: &Tile| tile.rows.clone().map(|i| row(i).1).max().unwrap_or(0);
+    for tile in &tiles {
+        let (seen, pages) = (seen_by(tile), tile.pages);
+        assert!(seen <= pages.len() * BLOCK, "{seen} positions on {} pages", pages.len());
+        let used = &pages[..seen.div_ceil(BLOCK)];
+        assert!(used.iter().all(|&p| (p as usize) < held), "a page beyond {held}");
     }
     let see = |i: usize| {
         let seen = row(i).1;
         (spec.window.map_or(0, |w| seen.saturating_sub(w)), seen)
     };
     let job = Job { spec, q, layer, see: &see };
-    let splits = (0..m).map(|i| see(i).1.div_ceil(SPLIT)).max().unwrap_or(0);
     let heads = l.kv_heads;
+    let pairs = tiles.len() * heads;
+    let splits = tiles.iter().map(|t| seen_by(t).div_ceil(SPLIT)).max().unwrap_or(0);
+    // Where a tile's vector `v` of key head `head` is written.
+    let place = |tile: &Tile, head: usize, v: usize| {
+        (tile.rows.start + v / group) * width + (head * group + v % group) * l.head_dim
+    };
     // Few tiles and a long context: the splits are shared out too.
-    if tiles.len() * heads < 2 * pool.threads() && splits > 1 && pool.threads() > 1 {
-        let group = l.heads / heads;
-        let stride = most * group;
-        let tasks = tiles.len() * heads * splits;
-        let mut triples = vec![EMPTY; tasks * stride];
-        let mut sums = vec![0f32; tasks * stride * l.head_dim];
+    if pairs < 2 * pool.threads() && splits > 1 && pool.threads() > 1 {
+        let stride = tiles.iter().map(|t| t.rows.len()).max().unwrap_or(0) * group;
+        let mut triples = vec![EMPTY; pairs * splits * stride];
+        let mut sums = vec![0f32; triples.len() * l.head_dim];
         let (at_triples, at_sums) = (SendPtr(triples.as_mut_ptr()), SendPtr(sums.as_mut_ptr()));
-        pool.run(tasks, |task, _| {
+        pool.run(pairs * splits, |task, _| {
             let (tile, head) = (&tiles[task / splits / heads], task / splits % heads);
             SCRATCH.with_borrow_mut(|s| {
                 job.prepare(tile, head, s);
@@ -338,65 +349,62 @@ fn attention_on<'a>(
                 }
             });
         });
-        for (pair, task) in (0..tiles.len() * heads).map(|p| (p, p * splits)) {
+        for pair in 0..pairs {
             let (tile, head) = (&tiles[pair / heads], pair % heads);
             for v in 0..tile.rows.len() * group {
-                let to = (tile.rows.start + v / group) * width + (head * group + v % group) * l.head_dim;
-                let parts = (0..splits).map(|s| {
-                    let at = (task + s) * stride + v;
-                    (triples[at], &sums[at * l.head_dim..][..l.head_dim])
-                });
-                merge(parts, &mut out[to..][..l.head_dim]);
+                let out = &mut out[place(tile, head, v)..][..l.head_dim];
+                let mut whole = EMPTY;
+                for split in 0..splits {
+                    let at = (pair * splits + split) * stride + v;
+                    join(&mut whole, out, triples[at], &sums[at * l.head_dim..][..l.head_dim]);
+                }
+                divide(out, whole);
             }
         }
         return;
     }
     let base = SendPtr(out.as_mut_ptr());
-    pool.run(tiles.len() * heads, |task, _| {
+    pool.run(pairs, |task, _| {
         let (tile, head) = (&tiles[task / heads], task % heads);
         SCRATCH.with_borrow_mut(|s| {
             job.prepare(tile, head, s);
-            let mut parts: Vec<(Vec<Triple>, Vec<f32>)> = Vec::new();
-            let last = tile.rows.clone().map(|i| see(i).1.div_ceil(SPLIT)).max().unwrap_or(0);
-            for split in 0..last {
+            // SAFETY: inside `out`; this task alone has these rows of this head.
+            let out = |v: usize| unsafe {
+                std::slice::from_raw_parts_mut(base.get().add(place(tile, head, v)), l.head_dim)
+            };
+            s.wholes.clear();
+            s.wholes.resize(s.vectors.len(), EMPTY);
+            for split in 0..seen_by(tile).div_ceil(SPLIT) {
                 job.split(isa, tile, head, split, s);
-                parts.push((s.triples.clone(), s.sums.clone()));
+                for (v, whole) in s.wholes.iter_mut().enumerate() {
+                    join(whole, out(v), s.triples[v], &s.sums[v * l.head_dim..][..l.head_dim]);
+                }
             }
-            for (v, vector) in s.vectors.iter().enumerate() {
-                // SAFETY: inside `out`; this task alone has this row and head.
-                let out = unsafe {
-                    let at = base.get().add(vector.row * width + vector.head * l.head_dim);
-                    std::slice::from_raw_parts_mut(at, l.head_dim)
-                };
-                let of = |(t, s): &(Vec<Triple>, Vec<f32>)| (t[v], s[v * l.head_dim..][..l.head_dim].as_ptr());
-                let parts = parts.iter().map(of);
-                // SAFETY: the slices live in `parts` above.
-                let parts = parts.map(|(t, s)| (t, unsafe { std::slice::from_raw_parts(s, l.head_dim) }));
-                merge(parts, out);
-            }
+            s.wholes.iter().enumerate().for_each(|(v, whole)| divide(out(v), *whole));
         });
     });
 }
 
-/// Joins triples in order and divides by the sum.
-fn merge<'a>(parts: impl Iterator<Item = (Triple, &'a [f32])>, out: &mut [f32]) {
-    let mut whole = EMPTY;
-    for (part, sums) in parts {
-        if part.total == 0.0 {
-            continue;
-        }
-        if whole.total == 0.0 {
-            whole = part;
-            out.copy_from_slice(sums);
-            continue;
-        }
-        let top = if part.top > whole.top { part.top } else { whole.top };
-        let (a, b) = (ops::exp(whole.top - top), ops::exp(part.top - top));
-        whole = Triple { top, total: (whole.total * a) + part.total * b };
-        for (o, s) in out.iter_mut().zip(sums) {
-            *o = (*o * a) + s * b;
-        }
+/// Adds the next split's triple to those before it, whose sums are in `out`.
+fn join(whole: &mut Triple, out: &mut [f32], part: Triple, sums: &[f32]) {
+    if part.total == 0.0 {
+        return;
     }
+    if whole.total == 0.0 {
+        *whole = part;
+        out.copy_from_slice(sums);
+        return;
+    }
+    let top = if part.top > whole.top { part.top } else { whole.top };
+    let (a, b) = (ops::exp(whole.top - top), ops::exp(part.top - top));
+    *whole = Triple { top, total: (whole.total * a) + part.total * b };
+    for (o, s) in out.iter_mut().zip(sums) {
+        *o = (*o * a) + s * b;
+    }
+}
+
+/// Weighted values over the sum of weights.
+fn divide(out: &mut [f32], whole: Triple) {
     let inverse = 1.0 / whole.total;
     out.iter_mut().for_each(|o| *o *= inverse);
 }
@@ -685,7 +693,7 @@ fn meet<A: Arith, const R: usize>(
 ) {
     let l = &job.layer.layout;
     let dim = l.head_dim;
-    let Scratch { keys, values, vectors, codes, triples, sums, active } = s;
+    let Scratch { keys, values, vectors, codes, triples, sums, active, .. } = s;
     let chosen: [usize; R] = std::array::from_fn(|i| active[at + i]);
     let mut scores = [[0f32; BLOCK]; R];
     if l.dtype == KvType::Int8 {
@@ -768,6 +776,9 @@ mod tests {
             let value = |i: usize| ((i as u32).wrapping_mul(2_654_435_761).wrapping_mul(seed) >> 16) as f32 / 32768.0 - 1.0;
             let blocks = seen.div_ceil(BLOCK);
             let mut layer = KvLayer::new(layout, blocks);
+            // Another sequence left what it had, which nobody may see.
+            let poison = vec![f32::NAN; blocks * BLOCK * 2 * dim];
+            layer.store(&Pool::new(1), &poison, &poison, |p| ((p / BLOCK) as u32, p % BLOCK));
             // Pages in another order than the positions.
             let pages: Vec<u32> = (0..blocks as u32).rev().collect();
             let kv = 2 * dim;

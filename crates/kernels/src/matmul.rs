@@ -92,8 +92,42 @@ macro_rules! by_rows {
         }
     }};
 }
+
+/// Does `$call` with `$f` as the constant `$name`.
 #[cfg(target_arch = "x86_64")]
-use by_rows;
+macro_rules! by_format {
+    ($f:expr, $name:ident, $call:expr) => {
+        by_format!(@ $f, $name, $call, 0 1 2 3 4 5 6 7 8 9 10)
+    };
+    (@ $f:expr, $name:ident, $call:expr, $($i:literal)*) => {
+        match $f {
+            $($i => {
+                const $name: usize = $i;
+                $call
+            })*
+            f => unreachable!("format {f} of {}", FORMATS.len()),
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+use {by_format, by_rows};
+
+/// What kernels of quantized weights lean on, whatever the caller says.
+#[cfg(target_arch = "x86_64")]
+fn check_quantized(f: usize, data: &[u8], rows: Rows, range: &std::ops::Range<usize>) {
+    let blocks = rows.k / BLOCK;
+    assert!(rows.codes.len() >= range.end * rows.k && rows.k.is_multiple_of(BLOCK));
+    assert!(rows.blocks.len() >= range.end * blocks);
+    assert_eq!(data.len(), FORMATS[f].heads_bytes(blocks) + blocks * FORMATS[f].code_bytes());
+}
+
+/// What kernels of plain weights lean on.
+#[cfg(target_arch = "x86_64")]
+fn check_plain(kind: Kind, data: &[u8], rows: Rows, range: &std::ops::Range<usize>) {
+    assert!(rows.x.len() >= range.end * rows.k);
+    let width = if kind == Kind::F32 { 64 } else { 32 };
+    assert_eq!(data.len(), rows.k * width);
+}
 
 /// `out = x · wᵀ`: x is `[m, k]`, w `[n, k]`, out `[m, n]`, all row-major.
 ///
@@ -135,7 +169,7 @@ pub(crate) fn matmul_on(
         let outs: Vec<_> = ws.iter_mut().map(|w| SendPtr(w.1.as_mut_ptr())).collect();
         let total: usize = ws.iter().map(|w| w.0.groups()).sum();
         // Several tasks a thread, so that a late thread costs little.
-        let span = total.div_ceil(pool.threads() * 6).clamp(1, 32).next_multiple_of(2);
+        let span = total.div_ceil(pool.threads() * 6).clamp(1, 32);
         let col_tasks = total.div_ceil(span);
         let row_tasks = m.div_ceil(ROWS);
         let body = |task: usize, _: usize| {

@@ -4,13 +4,13 @@
 //! holds it against what the allocator hands out, so a buffer added to the
 //! forward pass or to a kernel must be added here.
 
-use crate::Config;
+use crate::{Config, Order, QkNorm};
 
 /// Bytes of the buffers of one step of at most `rows` tokens that wants the
-/// logits of at most `wanted` of them: those of [`crate::Workspace`] and the
-/// matmul's quantized activations. Buffers that grew from step to step may
+/// logits of at most `wanted` of them, on `threads` threads: those of
+/// [`crate::Workspace`], the matmul's quantized activations and attention's. Buffers that grew from step to step may
 /// take twice that, for vectors grow by doubling.
-pub fn workspace_bytes(config: &Config, rows: usize, wanted: usize) -> usize {
+pub fn workspace_bytes(config: &Config, rows: usize, wanted: usize, threads: usize) -> usize {
     let c = config;
     let (wide, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
     let most = rows.max(wanted);
@@ -27,11 +27,15 @@ pub fn workspace_bytes(config: &Config, rows: usize, wanted: usize) -> usize {
     // A code a value; a scale, a scaled sum and two sums for each 32 of them.
     let codes = most * widest;
     let scales = codes.div_ceil(32) * 16;
-    // A block of keys and values as floats, and the sums of a tile's vectors,
-    // for the splits of a context too.
+    // Each thread's block of keys and values as floats, and the sums of a tile's
+    // vectors.
     let group = c.heads / c.kv_heads;
     let vectors = group * rows.min((48 / group).clamp(1, 16));
-    let attention = 2 * 32 * 4 * c.head_dim + vectors * (5 * c.head_dim + 64);
+    let attention = threads * (2 * 32 * 4 * c.head_dim + vectors * (5 * c.head_dim + 72));
+    // Splits of 512 positions that several threads share, fewer than two tiles a
+    // thread.
+    let shared = if threads > 1 { 2 * threads * c.context.div_ceil(512) } else { 0 };
+    let attention = attention + shared * vectors * (4 * c.head_dim + 8);
     // Grown item by item, hence up to twice as long as they need be.
     let lists = 2 * (rows * 16 + wanted * 8 + rows * 4);
     // The smallest vectors are longer than they need be.
@@ -42,5 +46,19 @@ pub fn workspace_bytes(config: &Config, rows: usize, wanted: usize) -> usize {
 /// most: gains of the norms, the rotary angles of the whole context.
 pub fn tables_bytes(config: &Config) -> usize {
     let c = config;
-    4 * ((2 * c.layers + 1) * c.hidden + c.context * c.head_dim)
+    let (wide, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+    let norms = if c.order == Order::Sandwich { 4 } else { 2 } * c.hidden;
+    let heads = match c.qk_norm {
+        None => 0,
+        Some(QkNorm::Head) => 2 * c.head_dim,
+        Some(QkNorm::Width) => wide + kv,
+    };
+    let biases = [(c.qkv_bias, wide + 2 * kv), (c.o_bias, c.hidden), (c.ffn_bias, 2 * c.ffn + c.hidden)];
+    let biases: usize = biases.iter().filter(|b| b.0).map(|b| b.1).sum();
+    let gains = c.layers * (norms + heads) + (1 + usize::from(c.embedding_norm)) * c.hidden;
+    // A layer norm has as many biases as gains.
+    let gains = gains * if c.layer_norm { 2 } else { 1 };
+    let slopes = if c.alibi { c.layers * c.heads } else { 0 };
+    let angles = [&c.rope, &c.local_rope].into_iter().flatten().map(|r| c.context * r.dim).sum::<usize>();
+    4 * (gains + c.layers * biases + slopes + angles)
 }

@@ -77,7 +77,7 @@ fn a_step_takes_what_was_predicted() {
     // Angles of these positions are made, and are not a step's.
     kept(&model, &mut cache, &[BLOCK * 15], 1);
     for (rows, wanted) in [(1, 1), (272, 16), (272, 32), (40, 32), (480, 1)] {
-        let want = workspace_bytes(model.config(), rows, wanted);
+        let want = workspace_bytes(model.config(), rows, wanted, 1);
         let got = kept(&model, &mut cache, &[rows], wanted);
         eprintln!("{rows} rows, {wanted} wanted: {got} bytes, {want} predicted");
         assert!(got <= want, "{rows} rows, {wanted} wanted: {got} bytes, {want} predicted");

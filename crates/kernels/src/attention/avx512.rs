@@ -39,6 +39,14 @@ fn exp(x: __m512) -> __m512 {
     _mm512_maskz_mov_ps(there, y)
 }
 
+/// Which of the columns `c .. c + 64`, sixteen to a mask, are below `dim`.
+fn masks(dim: usize, c: usize) -> [u16; 4] {
+    std::array::from_fn(|p| {
+        let left = dim.saturating_sub(c + p * 16).min(16);
+        ((1u32 << left) - 1) as u16
+    })
+}
+
 /// Only named from [`block`], so the features are there.
 struct Avx512;
 
@@ -116,10 +124,7 @@ impl Arith for Avx512 {
             let mut c = 0;
             while c < dim {
                 // Up to 64 columns stay in registers over all positions.
-                let masks: [u16; 4] = std::array::from_fn(|p| {
-                    let left = dim.saturating_sub(c + p * 16).min(16);
-                    ((1u32 << left) - 1) as u16
-                });
+                let masks = masks(dim, c);
                 let mut a = [[_mm512_setzero_ps(); 4]; R];
                 for i in 0..R {
                     for p in 0..4 {
@@ -225,10 +230,7 @@ impl Arith for Avx512 {
         unsafe {
             let mut c = 0;
             while c < dim {
-                let masks: [u16; 4] = std::array::from_fn(|p| {
-                    let left = dim.saturating_sub(c + p * 16).min(16);
-                    ((1u32 << left) - 1) as u16
-                });
+                let masks = masks(dim, c);
                 let mut dots = [[_mm512_setzero_si512(); 4]; R];
                 for step in 0..BLOCK / 4 {
                     let row = values.as_ptr().add(step * dim * 4);

@@ -4,7 +4,7 @@
 //! its chains in registers over the whole of k. What is computed, and in which
 //! order, is in the parent module.
 
-use super::{Activation, Out, Rows, by_rows};
+use super::{Activation, Out, Rows, by_format, by_rows, check_plain, check_quantized};
 use crate::packed::{BLOCK, Codes, FORMATS, Format, Kind, Per, SUPER};
 use crate::quants::IQ4_NL;
 use std::{arch::x86_64::*, ops::Range};
@@ -14,25 +14,10 @@ use std::{arch::x86_64::*, ops::Range};
 /// # Safety
 /// Needs AVX-512 F, BW, VL, DQ and VNNI; `out` is valid for the rows.
 pub(super) unsafe fn quantized(f: usize, data: &[u8], rows: Rows, range: Range<usize>, out: Out) {
-    let blocks = rows.k / BLOCK;
-    assert!(rows.codes.len() >= range.end * rows.k && rows.k.is_multiple_of(BLOCK));
-    assert!(rows.blocks.len() >= range.end * blocks);
-    assert_eq!(data.len(), FORMATS[f].heads_bytes(blocks) + blocks * FORMATS[f].code_bytes());
+    check_quantized(f, data, rows, &range);
     // SAFETY: lengths just checked; the rest is the caller's promise.
     unsafe {
-        match f {
-            0 => rows_of::<0>(data, rows, range, out),
-            1 => rows_of::<1>(data, rows, range, out),
-            2 => rows_of::<2>(data, rows, range, out),
-            3 => rows_of::<3>(data, rows, range, out),
-            4 => rows_of::<4>(data, rows, range, out),
-            5 => rows_of::<5>(data, rows, range, out),
-            6 => rows_of::<6>(data, rows, range, out),
-            7 => rows_of::<7>(data, rows, range, out),
-            8 => rows_of::<8>(data, rows, range, out),
-            9 => rows_of::<9>(data, rows, range, out),
-            _ => rows_of::<10>(data, rows, range, out),
-        }
+        by_format!(f, F, rows_of::<F>(data, rows, range, out));
     }
 }
 
@@ -225,9 +210,7 @@ unsafe fn store(out: Out, i: usize, row: __m512) {
 /// # Safety
 /// As [`quantized`].
 pub(super) unsafe fn plain(kind: Kind, data: &[u8], rows: Rows, range: Range<usize>, out: Out) {
-    assert!(rows.x.len() >= range.end * rows.k);
-    let width = if kind == Kind::F32 { 64 } else { 32 };
-    assert_eq!(data.len(), rows.k * width);
+    check_plain(kind, data, rows, &range);
     // SAFETY: lengths just checked; the rest is the caller's promise.
     unsafe {
         match kind {
