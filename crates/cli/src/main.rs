@@ -131,6 +131,7 @@ fn main() -> ExitCode {
 
 async fn run(args: Args) -> Result<()> {
     let Args { home, json, verb } = args;
+    ashlar_kernels::Isa::chosen()?;
     match verb {
         Verb::Up { recipe, no_serve, listen } => {
             up::run(&up::Options { recipe, home, json, no_serve, listen }).await

@@ -63,3 +63,11 @@ fn doctor_says_what_runs_here() {
     assert!(report["cores"].as_u64().expect("count") > 0);
     assert!(report["home_free_bytes"].as_u64().expect("bytes") > 0);
 }
+
+#[test]
+fn a_forced_tier_that_is_not_there_is_refused() {
+    let home = tempfile::tempdir().expect("temp dir");
+    let out = ashlar(home.path(), &["doctor"]).env("ASHLAR_ISA", "avx1024").output().expect("runs");
+    assert!(!out.status.success(), "{}", said(&out));
+    assert!(said(&out).contains("ASHLAR_ISA is avx1024; this machine has reference"), "{}", said(&out));
+}

@@ -461,7 +461,7 @@ impl Job<'_> {
             match isa {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: `Isa::available` found the features.
-                Isa::Vnni => unsafe { avx512::block(self, head, page, block, s) },
+                Isa::Vnni | Isa::Amx => unsafe { avx512::block(self, head, page, block, s) },
                 isa => plain_block(isa, self, head, page, block, s),
             }
         }

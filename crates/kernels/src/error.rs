@@ -35,6 +35,14 @@ pub enum KernelError {
         /// Values in a block.
         block: usize,
     },
+    /// An instruction-set tier that this machine does not have.
+    #[error("ASHLAR_ISA is {name}; this machine has {}", available.join(", "))]
+    Tier {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        available: Vec<&'static str>,
+    },
 }
 
 impl Hint for KernelError {
@@ -48,6 +56,7 @@ impl Hint for KernelError {
                 "convert the file to Q8_0, Q4_1, Q4_0, F16 or F32".to_owned()
             }
             Self::Length { .. } => "the file is cut short or mislabelled; fetch it again".to_owned(),
+            Self::Tier { .. } => "unset it to use the fastest tier there is".to_owned(),
             Self::Ragged { block, .. } => {
                 format!("rows must be a multiple of {block} values; choose a plain type such as F16")
             }

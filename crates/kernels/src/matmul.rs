@@ -10,11 +10,14 @@
 //!
 //! and the element is `a + b` (K kinds `a − b`; `a` alone without minimums).
 //! Against plain weights the element is one `fma` chain in ascending k. Each tier
-//! follows that order, so an element has one value, whatever computes it.
+//! follows that order, so an element has one value, whatever computes it; but for
+//! 16-bit floats on AMX, whose order is in `amx.rs`.
 //!
 //! Rejected: one activation scale a row, which saves a multiply a block but lets
 //! one outlier take the precision of its whole row.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -31,13 +34,15 @@ use std::cell::RefCell;
 /// Activation rows a task takes at most: their int8 form stays in L2.
 const ROWS: usize = 128;
 
-/// Rows quantized to int8.
+/// Rows quantized to int8, or otherwise made ready.
 #[derive(Default)]
 struct Quantized {
     /// `[m, k]`.
     codes: Vec<i8>,
     /// `[m, k/32]`.
     blocks: Vec<Activation>,
+    /// What AMX multiplies with 16-bit floats.
+    parts: Vec<u16>,
 }
 
 /// What the kernels need of 32 quantized activations besides their codes.
@@ -63,6 +68,7 @@ struct Rows<'a> {
     x: &'a [f32],
     codes: &'a [i8],
     blocks: &'a [Activation],
+    parts: &'a [u16],
     k: usize,
 }
 
@@ -145,6 +151,18 @@ pub fn matmul_many(pool: &Pool, x: &[f32], m: usize, ws: &mut [(&PackedMatrix, &
     matmul_on(Isa::active(), pool, x, m, ws);
 }
 
+/// Bytes of the buffers that products of up to `m` rows of up to `k` values keep on
+/// `threads` threads, on the tier in use.
+pub fn matmul_bytes(m: usize, k: usize, threads: usize) -> usize {
+    let quantized = m * k + (m * k).div_ceil(BLOCK) * size_of::<Activation>();
+    #[cfg(target_arch = "x86_64")]
+    if Isa::active() == Isa::Amx {
+        return quantized + amx::bytes(m, k, threads);
+    }
+    let _ = threads;
+    quantized
+}
+
 pub(crate) fn matmul_on(
     isa: Isa,
     pool: &Pool,
@@ -165,7 +183,12 @@ pub(crate) fn matmul_on(
         if ws.iter().any(|w| matches!(w.0.kind(), Kind::Quantized(_))) {
             quantize_rows(isa, pool, x, m, k, scratch);
         }
-        let rows = Rows { x, codes: &scratch.codes, blocks: &scratch.blocks, k };
+        #[cfg(target_arch = "x86_64")]
+        if isa == Isa::Amx && ws.iter().any(|w| matches!(w.0.kind(), Kind::F16 | Kind::BF16)) {
+            // SAFETY: the tier has AVX-512 BF16.
+            unsafe { amx::split(pool, x, m, k, &mut scratch.parts) };
+        }
+        let rows = Rows { x, codes: &scratch.codes, blocks: &scratch.blocks, parts: &scratch.parts, k };
         let outs: Vec<_> = ws.iter_mut().map(|w| SendPtr(w.1.as_mut_ptr())).collect();
         let total: usize = ws.iter().map(|w| w.0.groups()).sum();
         // Several tasks a thread, so that a late thread costs little.
@@ -229,7 +252,17 @@ unsafe fn product(
             },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            (Isa::Vnni, kind) => unsafe { avx512::plain(kind, w.group(g), rows, range.clone(), out) },
+            (Isa::Amx, Kind::Quantized(f)) => unsafe {
+                amx::quantized(f, w.group(g), rows, range.clone(), out);
+            },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            (Isa::Amx, kind @ (Kind::F16 | Kind::BF16)) => unsafe {
+                amx::plain(kind, w.group(g), rows, range.clone(), out);
+            },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            (Isa::Vnni | Isa::Amx, kind) => unsafe { avx512::plain(kind, w.group(g), rows, range.clone(), out) },
         }
     }
 }
@@ -309,7 +342,7 @@ fn quantize_rows(isa: Isa, pool: &Pool, x: &[f32], m: usize, k: usize, to: &mut 
         match isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `Isa::available` found the features.
-            Isa::Vnni => unsafe { avx512::quantize(x, codes, meta) },
+            Isa::Vnni | Isa::Amx => unsafe { avx512::quantize(x, codes, meta) },
             isa => quantize_blocks(isa, x, codes, meta),
         }
     });
@@ -382,6 +415,22 @@ mod tests {
         bytes
     }
 
+    /// The tiers to test; AMX in software where the processor has none.
+    fn tiers() -> Vec<Isa> {
+        #[allow(unused_mut)]
+        let mut all = Isa::available();
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if all.last() == Some(&Isa::Vnni) && amx::emulated::install() {
+            all.push(Isa::Amx);
+        }
+        all
+    }
+
+    /// Whether a tier gives this type bits of its own.
+    fn own_bits(isa: Isa, dtype: DType) -> bool {
+        isa.name() == "amx" && matches!(dtype, DType::F16 | DType::BF16)
+    }
+
     const TYPES: [DType; 14] = [
         DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q8_0, DType::IQ4_NL,
         DType::Q2_K, DType::Q3_K, DType::Q4_K, DType::Q5_K, DType::Q6_K,
@@ -396,7 +445,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(40))]
         #[test]
         fn a_row_has_one_value_on_every_tier_batch_and_thread_count(
-            m in 1usize..11, n in 1usize..40, blocks in 1usize..5, seed in 0u64..1000,
+            m in prop_oneof![1usize..11, 15usize..40], n in 1usize..40, blocks in 1usize..5, seed in 0u64..1000,
         ) {
             for dtype in TYPES {
                 let k = blocks * dtype.block_len().max(32);
@@ -409,7 +458,13 @@ mod tests {
                 for (x, out) in x.chunks(k).zip(want.chunks_mut(n)) {
                     matmul_on(Isa::Reference, &one, x, 1, &mut [(&w, out)]);
                 }
-                for isa in Isa::available() {
+                for isa in tiers() {
+                    let mut want = want.clone();
+                    if own_bits(isa, dtype) {
+                        for (x, out) in x.chunks(k).zip(want.chunks_mut(n)) {
+                            matmul_on(isa, &one, x, 1, &mut [(&w, out)]);
+                        }
+                    }
                     for threads in [1, 2, 3] {
                         let (mut got, mut twin) = (vec![0.0; m * n], vec![0.0; m * n]);
                         matmul_on(isa, &Pool::new(threads), &x, m, &mut [(&w, &mut got), (&w, &mut twin)]);
@@ -456,12 +511,55 @@ mod tests {
         let mut nibbles = [half::f16::ONE.to_le_bytes(), half::f16::ZERO.to_le_bytes()].concat();
         nibbles.extend([0xffu8; 16]);
         let v = PackedMatrix::from_rows(DType::Q4_1, 1, 32, &nibbles).unwrap();
-        for isa in Isa::available() {
+        for isa in tiers() {
             for sign in [1.0, -1.0] {
                 let (mut a, mut b) = ([0.0], [0.0]);
                 let x = [127.0 * sign; 32];
                 matmul_on(isa, &Pool::new(1), &x, 1, &mut [(&w, &mut a), (&v, &mut b)]);
                 assert_eq!((a, b), ([-128.0 * 127.0 * 32.0 * sign], [15.0 * 127.0 * 32.0 * sign]));
+            }
+        }
+    }
+    /// The order that `amx.rs` documents, number by number.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    #[test]
+    fn tiles_of_floats_keep_their_documented_order() {
+        if !tiers().contains(&Isa::Amx) {
+            return;
+        }
+        for (dtype, m, n, k) in [(DType::BF16, 1, 5, 48), (DType::F16, 17, 33, 100), (DType::F16, 40, 16, 31)] {
+            let bytes = rows(dtype, n, k, 7);
+            let w = PackedMatrix::from_rows(dtype, n, k, &bytes).unwrap();
+            let mut plain = vec![0.0; n * k];
+            dequantize(dtype, &bytes, &mut plain).unwrap();
+            let x = noise(m * k, 8);
+            let mut got = vec![0.0; m * n];
+            matmul_on(Isa::Amx, &Pool::new(2), &x, m, &mut [(&w, &mut got)]);
+            let halves = |v: f32| {
+                let first = half::bf16::from_f32(v).to_f32();
+                [first, half::bf16::from_f32(v - first).to_f32()]
+            };
+            for (at, got) in got.iter().enumerate() {
+                let row = |v: &[f32], i: usize| v[i * k..][..k].iter().map(|&v| halves(v)).collect::<Vec<_>>();
+                let (x, w) = (row(&x, at / n), row(&plain, at % n));
+                let exact: f64 = x.iter().zip(&w).map(|(x, w)| f64::from(x[0] + x[1]) * f64::from(w[0] + w[1])).sum();
+                let (mut main, mut small) = (0f32, 0f32);
+                for (x, w) in x.chunks(32).zip(w.chunks(32)) {
+                    let tile = |i: usize, j: usize| {
+                        let chain = |odd: usize| {
+                            let every = x.iter().zip(w).skip(odd).step_by(2);
+                            every.fold(0f32, |s, (x, w)| x[i].mul_add(w[j], s))
+                        };
+                        chain(0) + chain(1)
+                    };
+                    main += tile(0, 0);
+                    small += tile(1, 0);
+                    if dtype == DType::F16 {
+                        small += tile(0, 1);
+                    }
+                }
+                assert_eq!(got.to_bits(), (main + small).to_bits(), "{dtype:?} {at}: {got} for {}", main + small);
+                assert!((f64::from(*got) - exact).abs() < 2e-4, "{got} for {exact}");
             }
         }
     }

@@ -5,11 +5,12 @@
 //! forward pass or to a kernel must be added here.
 
 use crate::{Config, Order, QkNorm};
+use ashlar_kernels::matmul_bytes;
 
 /// Bytes of the buffers of one step of at most `rows` tokens that wants the
 /// logits of at most `wanted` of them, on `threads` threads: those of
-/// [`crate::Workspace`], the matmul's quantized activations and attention's. Buffers that grew from step to step may
-/// take twice that, for vectors grow by doubling.
+/// [`crate::Workspace`], the matmul's and attention's. Buffers that grew from step
+/// to step may take twice that, for vectors grow by doubling.
 pub fn workspace_bytes(config: &Config, rows: usize, wanted: usize, threads: usize) -> usize {
     let c = config;
     let (wide, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
@@ -24,9 +25,7 @@ pub fn workspace_bytes(config: &Config, rows: usize, wanted: usize, threads: usi
         // What goes to the experts and comes back, slot by slot; the scores.
         rows * (e.used * (2 * c.hidden + c.ffn) + c.hidden + e.count + 8 * e.used)
     });
-    // A code a value; a scale, a scaled sum and two sums for each 32 of them.
-    let codes = most * widest;
-    let scales = codes.div_ceil(32) * 16;
+    let products = matmul_bytes(most, widest, threads);
     // Each thread's block of keys and values as floats, and the sums of a tile's
     // vectors.
     let group = c.heads / c.kv_heads;
@@ -39,7 +38,7 @@ pub fn workspace_bytes(config: &Config, rows: usize, wanted: usize, threads: usi
     // Grown item by item, hence up to twice as long as they need be.
     let lists = 2 * (rows * 16 + wanted * 8 + rows * 4);
     // The smallest vectors are longer than they need be.
-    4 * (floats + experts) + codes + scales + attention + lists + 1024
+    4 * (floats + experts) + products + attention + lists + 1024
 }
 
 /// Bytes a loaded model takes beside its matrices ([`crate::Model::bytes`]) at

@@ -33,17 +33,18 @@ unsafe fn rows_of<const F: usize>(data: &[u8], rows: Rows, range: Range<usize>, 
 /// takes so long that the processor's own prefetch stays too close.
 const AHEAD: usize = 8 << 10;
 
-struct Of<const F: usize>;
+pub(super) struct Of<const F: usize>;
 
 impl<const F: usize> Of<F> {
-    const FORMAT: Format = FORMATS[F];
-    const HALVES: bool = matches!(FORMATS[F].scale, Per::Sub16);
+    pub(super) const FORMAT: Format = FORMATS[F];
+    /// Whether halves of a block have scales of their own.
+    pub(super) const HALVES: bool = matches!(FORMATS[F].scale, Per::Sub16);
 }
 
 /// Steps `i` and `i + 4` of a block of codes, unsigned.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-unsafe fn unpack<const F: usize>(codes: *const u8, i: usize) -> (__m512i, __m512i) {
+pub(super) unsafe fn unpack<const F: usize>(codes: *const u8, i: usize) -> (__m512i, __m512i) {
     // SAFETY: the caller's block holds all of its format's bytes.
     unsafe {
         let load = |at: usize| _mm512_loadu_si512(codes.add(at).cast());
@@ -99,8 +100,6 @@ unsafe fn tile<const F: usize, const M: usize>(data: &[u8], rows: Rows, r: usize
     unsafe {
         let heads = data.as_ptr();
         let codes = heads.add(f.heads_bytes(blocks));
-        let halves16 = |p: *const u8| _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()));
-        let bytes = |p: *const u8| _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
         let mut a = [_mm512_setzero_ps(); M];
         let mut b = [_mm512_setzero_ps(); M];
         for block in 0..blocks {
@@ -110,9 +109,6 @@ unsafe fn tile<const F: usize, const M: usize>(data: &[u8], rows: Rows, r: usize
             }
             let q = rows.codes.as_ptr().add(r * k + block * BLOCK);
             let act = rows.blocks.as_ptr().add(r * blocks + block);
-            let (run, within) = if f.is_super() { (block / SUPER, block % SUPER) } else { (block, 0) };
-            let head = heads.add(run * f.head_bytes());
-            let sub = head.add(f.factor_bytes() + within * f.sub_bytes());
             let mut low = [_mm512_setzero_si512(); M];
             let mut high = [_mm512_setzero_si512(); M];
             let shift = f.offset.trailing_zeros();
@@ -142,54 +138,110 @@ unsafe fn tile<const F: usize, const M: usize>(data: &[u8], rows: Rows, r: usize
                     }
                 }
             }
-            let scale = halves16(head);
-            let signed = |p: *const u8| _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()));
-            for i in 0..M {
-                let act = act.add(i * blocks).cast::<f32>();
-                let dot = match f.scale {
-                    Per::Sub16 => _mm512_add_epi32(
-                        _mm512_mullo_epi32(low[i], signed(sub)),
-                        _mm512_mullo_epi32(high[i], signed(sub.add(16))),
-                    ),
-                    _ => {
-                        let dot = if M == 1 { _mm512_add_epi32(low[i], high[i]) } else { low[i] };
-                        if f.is_super() { _mm512_mullo_epi32(dot, bytes(sub)) } else { dot }
-                    }
-                };
-                let both = _mm512_mul_ps(scale, _mm512_set1_ps(*act));
-                a[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, a[i]);
+            if M == 1 && !Of::<F>::HALVES {
+                low[0] = _mm512_add_epi32(low[0], high[0]);
             }
-            if matches!(f.min, Per::Nothing) {
-                continue;
-            }
-            let min = halves16(head.add(32));
-            for i in 0..M {
-                let act = act.add(i * blocks);
-                let of = |half: usize| _mm512_set1_epi32((*act).halves[half]);
-                let mins = sub.add(16 * f.scale.subs());
-                let sum = match f.min {
-                    Per::Block => {
-                        b[i] = _mm512_fmadd_ps(min, _mm512_set1_ps((*act).sum), b[i]);
-                        continue;
-                    }
-                    Per::Sub32 => _mm512_mullo_epi32(bytes(mins), _mm512_add_epi32(of(0), of(1))),
-                    _ => _mm512_add_epi32(
-                        _mm512_mullo_epi32(bytes(mins), of(0)),
-                        _mm512_mullo_epi32(bytes(mins.add(16)), of(1)),
-                    ),
-                };
-                let both = _mm512_mul_ps(min, _mm512_set1_ps((*act).scale));
-                b[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), both, b[i]);
-            }
+            add_block::<F, M>(Head::of(f, heads, block), act, blocks, &low, &high, &mut a, &mut b);
         }
         for i in 0..M {
-            let sum = match f.min {
-                Per::Nothing => a[i],
-                Per::Block => _mm512_add_ps(a[i], b[i]),
-                _ => _mm512_sub_ps(a[i], b[i]),
-            };
-            store(out, i, sum);
+            store(out, i, joined(f, a[i], b[i]));
         }
+    }
+}
+
+/// Where a block's scales and minimums lie.
+#[derive(Clone, Copy)]
+pub(super) struct Head {
+    factors: *const u8,
+    subs: *const u8,
+}
+
+impl Head {
+    /// That of block number `block` of a group that begins at `heads`.
+    ///
+    /// # Safety
+    /// The group has that block.
+    #[inline(always)]
+    pub(super) unsafe fn of(f: Format, heads: *const u8, block: usize) -> Self {
+        let (run, within) = if f.is_super() { (block / SUPER, block % SUPER) } else { (block, 0) };
+        // SAFETY: the caller's promise.
+        unsafe {
+            let factors = heads.add(run * f.head_bytes());
+            Self { factors, subs: factors.add(f.factor_bytes() + within * f.sub_bytes()) }
+        }
+    }
+}
+
+/// Adds one block to the chains of `M` rows, from its dot products: `low` of the
+/// whole block, or where halves have their own scales of the first half and
+/// `high` of the second. Row `i`'s activation is at `act + i * blocks`.
+///
+/// # Safety
+/// Needs what [`quantized`] needs; the block and the activations are there.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+pub(super) unsafe fn add_block<const F: usize, const M: usize>(
+    head: Head,
+    act: *const Activation,
+    blocks: usize,
+    low: &[__m512i; M],
+    high: &[__m512i; M],
+    a: &mut [__m512; M],
+    b: &mut [__m512; M],
+) {
+    let f = Of::<F>::FORMAT;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let halves16 = |p: *const u8| _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()));
+        let bytes = |p: *const u8| _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
+        let signed = |p: *const u8| _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()));
+        let (scale, sub) = (halves16(head.factors), head.subs);
+        for i in 0..M {
+            let act = act.add(i * blocks).cast::<f32>();
+            let dot = match f.scale {
+                Per::Sub16 => _mm512_add_epi32(
+                    _mm512_mullo_epi32(low[i], signed(sub)),
+                    _mm512_mullo_epi32(high[i], signed(sub.add(16))),
+                ),
+                _ if f.is_super() => _mm512_mullo_epi32(low[i], bytes(sub)),
+                _ => low[i],
+            };
+            let both = _mm512_mul_ps(scale, _mm512_set1_ps(*act));
+            a[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, a[i]);
+        }
+        if matches!(f.min, Per::Nothing) {
+            return;
+        }
+        let min = halves16(head.factors.add(32));
+        for i in 0..M {
+            let act = act.add(i * blocks);
+            let of = |half: usize| _mm512_set1_epi32((*act).halves[half]);
+            let mins = sub.add(16 * f.scale.subs());
+            let sum = match f.min {
+                Per::Block => {
+                    b[i] = _mm512_fmadd_ps(min, _mm512_set1_ps((*act).sum), b[i]);
+                    continue;
+                }
+                Per::Sub32 => _mm512_mullo_epi32(bytes(mins), _mm512_add_epi32(of(0), of(1))),
+                _ => _mm512_add_epi32(
+                    _mm512_mullo_epi32(bytes(mins), of(0)),
+                    _mm512_mullo_epi32(bytes(mins.add(16)), of(1)),
+                ),
+            };
+            let both = _mm512_mul_ps(min, _mm512_set1_ps((*act).scale));
+            b[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), both, b[i]);
+        }
+    }
+}
+
+/// What the chains come to.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn joined(f: Format, a: __m512, b: __m512) -> __m512 {
+    match f.min {
+        Per::Nothing => a,
+        Per::Block => _mm512_add_ps(a, b),
+        _ => _mm512_sub_ps(a, b),
     }
 }
 
@@ -199,7 +251,7 @@ unsafe fn tile<const F: usize, const M: usize>(data: &[u8], rows: Rows, r: usize
 /// `out` is valid for that row.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-unsafe fn store(out: Out, i: usize, row: __m512) {
+pub(super) unsafe fn store(out: Out, i: usize, row: __m512) {
     let mask = ((1u32 << out.cols) - 1) as u16;
     // SAFETY: the mask leaves out columns beyond the matrix.
     unsafe { _mm512_mask_storeu_ps(out.at.add(i * out.stride), mask, row) };
