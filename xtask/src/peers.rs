@@ -171,7 +171,9 @@ fn venv(root: &Path, cache: &Path, list: &str, name: &str, note: &str, flags: &s
     if !python.is_file() {
         run(Command::new("python3").args(["-m", "venv"]).arg(&venv))?;
     }
-    let pip = ["-m", "pip", "install", "--quiet", "--require-hashes", "-r"];
+    // The list is complete, and pip looks for extras (`pydantic[email]`) outside it
+    // once a later version than the pinned one is published.
+    let pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "-r"];
     run(Command::new(&python)
         .args(pip)
         .arg(&requirements)
