@@ -31,6 +31,11 @@ use crate::{
 };
 use std::cell::RefCell;
 
+/// How far ahead weights are asked for, in bytes, into the second cache: the
+/// processor's own prefetch stays too close, and the first cache takes too few
+/// requests at once.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 8 << 10;
 /// Activation rows a task takes at most: their int8 form stays in L2.
 const ROWS: usize = 128;
 
@@ -520,6 +525,36 @@ mod tests {
             }
         }
     }
+    /// `THREADS=2 cargo test --release -p ashlar-kernels matmul_speed -- --ignored --nocapture`
+    #[test]
+    #[ignore = "a measurement"]
+    fn matmul_speed() {
+        // Beyond any cache, as a model's layers are.
+        let (layers, n, k) = (40, 1536, 1536);
+        let pool = Pool::new(std::env::var("THREADS").map_or(1, |t| t.parse().unwrap()));
+        for dtype in [DType::Q4_0, DType::Q5_0, DType::Q8_0, DType::Q4_K, DType::Q6_K, DType::F16] {
+            let bytes = rows(dtype, n, k, 1);
+            let ws: Vec<_> = (0..layers).map(|_| PackedMatrix::from_rows(dtype, n, k, &bytes).unwrap()).collect();
+            let size = ws.iter().map(PackedMatrix::bytes).sum::<usize>() as f64;
+            let mut line = format!("{dtype:?}:");
+            for isa in Isa::available().into_iter().skip(1) {
+                for m in [1usize, 4, 16, 256] {
+                    let (x, mut out) = (noise(m * k, 3), vec![0.0; m * n]);
+                    let mut best = f64::MAX;
+                    for _ in 0..5 {
+                        let start = std::time::Instant::now();
+                        let some = if m > 16 { 4 } else { layers };
+                        ws[..some].iter().for_each(|w| matmul_on(isa, &pool, &x, m, &mut [(w, &mut out)]));
+                        best = best.min(start.elapsed().as_secs_f64() / some as f64 * layers as f64);
+                    }
+                    let macs = (layers * n * k * m) as f64 / best / 1e9;
+                    line += &format!("  {}x{m} {:.1} GB/s {macs:.0} GMAC/s", isa.name(), size / best / 1e9);
+                }
+            }
+            eprintln!("{line}");
+        }
+    }
+
     /// The order that `amx.rs` documents, number by number.
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     #[test]

@@ -5,7 +5,7 @@
 //! widened pair by pair. What is computed, and in which order, is in the parent
 //! module.
 
-use super::{Out, Rows, by_format, by_rows, check_plain, check_quantized};
+use super::{AHEAD, Out, Rows, by_format, by_rows, check_plain, check_quantized};
 use crate::packed::{BLOCK, Codes, FORMATS, Format, Kind, Per, SUPER};
 use crate::quants::IQ4_NL;
 use std::{arch::x86_64::*, ops::Range};
@@ -36,6 +36,9 @@ impl<const F: usize> Of<F> {
     const FORMAT: Format = FORMATS[F];
     /// Whether four products of pairs fit 16 bits.
     const SMALL: bool = matches!(FORMATS[F].codes, Codes::Nibble | Codes::Five);
+    /// Whether eight do: a whole block, of one scale, is summed there.
+    const WHOLE: bool =
+        matches!(FORMATS[F].codes, Codes::Nibble) && !matches!(FORMATS[F].scale, Per::Sub16);
 }
 
 /// Spreads 32 bits to 32 bytes of `value` where they are set.
@@ -128,6 +131,9 @@ unsafe fn half<const F: usize, const M: usize>(
         let mut b = [_mm256_setzero_ps(); M];
         for block in 0..blocks {
             let code = codes.add(block * f.code_bytes());
+            for line in (0..f.code_bytes()).step_by(64) {
+                _mm_prefetch::<_MM_HINT_T1>(code.wrapping_add(AHEAD + line).cast());
+            }
             let q = rows.codes.as_ptr().add(r * k + block * BLOCK);
             let act = rows.blocks.as_ptr().add(r * blocks + block);
             let (run, within) = if f.is_super() { (block / SUPER, block % SUPER) } else { (block, 0) };
@@ -149,27 +155,38 @@ unsafe fn half<const F: usize, const M: usize>(
                         }
                         let pairs = _mm256_maddubs_epi16(w, q);
                         if Of::<F>::SMALL {
-                            // At most 4 × 2 × 31 × 127, which fits 16 bits.
+                            // At most 4 × 2 × 31 × 127, or 8 × 2 × 15 × 127: 16 bits.
                             _mm256_add_epi16(acc, pairs)
                         } else {
                             _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, ones))
                         }
                     };
                     low[i] = add(low[i], w_low, at(s));
-                    high[i] = add(high[i], w_high, at(s + 4));
+                    if Of::<F>::WHOLE {
+                        low[i] = add(low[i], w_high, at(s + 4));
+                    } else {
+                        high[i] = add(high[i], w_high, at(s + 4));
+                    }
                 }
             }
             let scale = factor(head);
             for i in 0..M {
                 let act = act.add(i * blocks);
-                let sum = |half: __m256i, index: usize| {
-                    let half = if Of::<F>::SMALL { _mm256_madd_epi16(half, ones) } else { half };
+                let of = |half: usize| _mm256_set1_epi32((*act).halves[half]);
+                let sum = |sum: __m256i, of: __m256i| {
+                    let sum = if Of::<F>::SMALL { _mm256_madd_epi16(sum, ones) } else { sum };
                     if f.offset == 0 || signed_codes {
-                        return half;
+                        return sum;
                     }
-                    _mm256_sub_epi32(half, _mm256_set1_epi32(f.offset * (*act).halves[index]))
+                    let shift = _mm_cvtsi32_si128(f.offset.trailing_zeros() as i32);
+                    _mm256_sub_epi32(sum, _mm256_sll_epi32(of, shift))
                 };
-                let (low, high) = (sum(low[i], 0), sum(high[i], 1));
+                if Of::<F>::WHOLE {
+                    low[i] = sum(low[i], _mm256_add_epi32(of(0), of(1)));
+                } else {
+                    (low[i], high[i]) = (sum(low[i], of(0)), sum(high[i], of(1)));
+                }
+                let (low, high) = (low[i], high[i]);
                 let dot = match f.scale {
                     Per::Sub16 => _mm256_add_epi32(
                         _mm256_mullo_epi32(low, signed(sub)),
@@ -260,6 +277,8 @@ unsafe fn plain_tile<const T: u8, const M: usize>(data: &[u8], rows: Rows, r: us
         let x = rows.x.as_ptr().add(r * rows.k);
         let mut sums = [[_mm256_setzero_ps(); 2]; M];
         for p in 0..rows.k {
+            let width = if T < 2 { 32 } else { 64 };
+            _mm_prefetch::<_MM_HINT_T1>(data.as_ptr().wrapping_add(AHEAD + p * width).cast());
             let w: [__m256; 2] = std::array::from_fn(|side| {
                 let half = || _mm_loadu_si128(data.as_ptr().add(p * 32 + side * 16).cast());
                 match T {

@@ -4,7 +4,7 @@
 //! its chains in registers over the whole of k. What is computed, and in which
 //! order, is in the parent module.
 
-use super::{Activation, Out, Rows, by_format, by_rows, check_plain, check_quantized};
+use super::{AHEAD, Activation, Out, Rows, by_format, by_rows, check_plain, check_quantized};
 use crate::packed::{BLOCK, Codes, FORMATS, Format, Kind, Per, SUPER};
 use crate::quants::IQ4_NL;
 use std::{arch::x86_64::*, ops::Range};
@@ -28,10 +28,6 @@ unsafe fn rows_of<const F: usize>(data: &[u8], rows: Rows, range: Range<usize>, 
         by_rows!(range, out, [8, 4, 2, 1], |r, at, M| tile::<F, M>(data, rows, r, at));
     }
 }
-
-/// How far ahead weights are asked for, in bytes. With several rows a block
-/// takes so long that the processor's own prefetch stays too close.
-const AHEAD: usize = 8 << 10;
 
 pub(super) struct Of<const F: usize>;
 
@@ -105,7 +101,7 @@ unsafe fn tile<const F: usize, const M: usize>(data: &[u8], rows: Rows, r: usize
         for block in 0..blocks {
             let code = codes.add(block * f.code_bytes());
             for line in (0..f.code_bytes()).step_by(64) {
-                _mm_prefetch::<_MM_HINT_T0>(code.wrapping_add(AHEAD + line).cast());
+                _mm_prefetch::<_MM_HINT_T1>(code.wrapping_add(AHEAD + line).cast());
             }
             let q = rows.codes.as_ptr().add(r * k + block * BLOCK);
             let act = rows.blocks.as_ptr().add(r * blocks + block);
@@ -289,7 +285,7 @@ unsafe fn plain_tile<const T: u8, const M: usize>(data: &[u8], rows: Rows, r: us
         let x = rows.x.as_ptr().add(r * rows.k);
         let mut sums = [_mm512_setzero_ps(); M];
         for p in 0..rows.k {
-            _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().wrapping_add(AHEAD + p * if T < 2 { 32 } else { 64 }).cast());
+            _mm_prefetch::<_MM_HINT_T1>(data.as_ptr().wrapping_add(AHEAD + p * if T < 2 { 32 } else { 64 }).cast());
             let half = || _mm256_loadu_si256(data.as_ptr().add(p * 32).cast());
             let w = match T {
                 0 => _mm512_cvtph_ps(half()),
