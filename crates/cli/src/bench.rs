@@ -8,12 +8,11 @@
 mod load;
 
 use crate::out;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use ashlar_engine::{
     EngineConfig,
     bench::{BenchConfig, BenchResult, FileSummary, bench, read_bandwidth},
 };
-use ashlar_formats::Gguf;
 use ashlar_kernels::{Isa, Pool};
 use ashlar_model::Model;
 use clap::{Args, Subcommand};
@@ -38,7 +37,7 @@ pub(crate) enum What {
 
 #[derive(Args)]
 pub(crate) struct Engine {
-    /// The GGUF file.
+    /// The GGUF file, or a folder in Hugging Face's layout.
     #[arg(long, value_name = "FILE")]
     model: PathBuf,
     /// Prompt lengths; 0 for no prompt test.
@@ -121,14 +120,10 @@ pub(crate) async fn run(what: What, as_json: bool) -> Result<()> {
 }
 
 fn engine(args: &Engine, as_json: bool) -> Result<()> {
+    let summary = FileSummary::new(&ashlar_model::tensor_sizes(&args.model)?);
     let start = Instant::now();
-    let bytes = std::fs::read(&args.model).with_context(|| format!("cannot read {}", args.model.display()))?;
-    let gguf = Gguf::parse(&bytes)?;
-    let model = Arc::new(Model::from_gguf(&gguf, Pool::new(args.threads))?);
+    let model = Arc::new(Model::load_with(&args.model, Pool::new(args.threads))?);
     let start_ms = start.elapsed().as_secs_f64() * 1e3;
-    let summary = FileSummary::new(&gguf);
-    drop(gguf);
-    drop(bytes);
     let config = BenchConfig {
         prompt: args.prompt.clone(),
         generate: args.generate.clone(),

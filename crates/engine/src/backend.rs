@@ -16,7 +16,7 @@ use ashlar_api::{
     Prompt, Sampling, Score,
 };
 use ashlar_core::{Digest, Fault, Hint, clock};
-use ashlar_model::{KvCache, KvType, Model, Pool, Workspace, formats::Gguf};
+use ashlar_model::{GgufFile, KvCache, KvType, Model, Pool, Workspace, tensor_sizes};
 use ashlar_text::{ChatTemplate, Message, TextError, Tokenizer};
 use futures::Stream;
 use std::{
@@ -134,24 +134,16 @@ impl LocalBackend {
 
     /// Serves the GGUF file at `path` with the tokenizer and template inside
     /// it, or the folder in Hugging Face's layout with those beside the weights.
-    /// A GGUF file is read once, and not looked at after.
+    /// Weights are held against free memory before they are read, and files not
+    /// looked at after.
     ///
     /// # Errors
     /// Any [`EngineError`].
     pub fn open(name: &str, path: &Path, config: EngineConfig) -> Result<Self, EngineError> {
         check(&config)?;
-        let fault = |source| EngineError::Io {
-            path: path.to_owned(),
-            source,
-        };
         let pool = Pool::new(config.threads.unwrap_or(0));
-        if path.is_dir() {
-            let (tokenizer, template) = folder(path)?;
-            let model = Arc::new(Model::load_with(path, pool)?);
-            return Self::new(name, model, tokenizer, template, config);
-        }
         let memory = available(&config);
-        let file = std::fs::metadata(path).map_err(fault)?.len();
+        let file = tensor_sizes(path)?.iter().map(|t| t.bytes).sum();
         if let Some(available) = memory.bytes.filter(|&b| b < file) {
             return Err(EngineError::FileMemory {
                 file,
@@ -159,13 +151,17 @@ impl LocalBackend {
                 source_of: memory.source,
             });
         }
-        // Not mapped: a file cut short under a map ends the process.
-        let bytes = std::fs::read(path).map_err(fault)?;
-        let gguf = Gguf::parse(&bytes)?;
+        if path.is_dir() {
+            let (tokenizer, template) = folder(path)?;
+            let model = Arc::new(Model::load_with(path, pool)?);
+            return Self::new(name, model, tokenizer, template, config);
+        }
+        let file = GgufFile::open(path)?;
+        let gguf = file.gguf()?;
         let (tokenizer, template) = vocab(&gguf)?;
-        let model = Arc::new(Model::from_gguf(&gguf, pool)?);
+        let model = Arc::new(Model::from_file(&file, &gguf, pool)?);
         drop(gguf);
-        drop(bytes);
+        drop(file);
         Self::new(name, model, tokenizer, template, config)
     }
 

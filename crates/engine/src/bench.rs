@@ -13,7 +13,7 @@
 
 use crate::forward::{Forward, Local};
 use ashlar_core::{Fault, Hint};
-use ashlar_model::{BLOCK, Item, KvCache, Model, ModelError, Want, Workspace, formats::Gguf};
+use ashlar_model::{BLOCK, Item, KvCache, Model, ModelError, TensorSize, Want, Workspace};
 use std::{collections::BTreeMap, hint::black_box, sync::Arc, time::Instant};
 
 /// Most tokens that all sequences of a test may hold together.
@@ -421,23 +421,20 @@ pub struct FileSummary {
 }
 
 impl FileSummary {
-    /// Counts the tensors of a file.
-    pub fn new(gguf: &Gguf<'_>) -> Self {
+    /// Counts a checkpoint's tensors.
+    pub fn new(tensors: &[TensorSize]) -> Self {
         let mut types = BTreeMap::<String, (u64, usize)>::new();
-        let (mut parameters, mut bytes) = (0, 0);
-        for tensor in gguf.tensors() {
-            parameters += tensor.elements() as u64;
-            bytes += tensor.data.len() as u64;
+        for tensor in tensors {
             let entry = types.entry(format!("{:?}", tensor.dtype)).or_default();
-            entry.0 += tensor.data.len() as u64;
+            entry.0 += tensor.bytes;
             entry.1 += 1;
         }
         let mut types: Vec<_> = types.into_iter().collect();
         types.sort_by_key(|(_, (bytes, _))| std::cmp::Reverse(*bytes));
         Self {
             types: types.into_iter().map(|(t, (_, n))| (t, n)).collect(),
-            parameters,
-            bytes,
+            parameters: tensors.iter().map(|t| t.values).sum(),
+            bytes: tensors.iter().map(|t| t.bytes).sum(),
         }
     }
 

@@ -7,7 +7,7 @@
 //! Stricter than the format's own text where laxity helps only an attacker:
 //! names are unique, no dimension is zero, tensors never share bytes.
 
-use crate::{FormatError, TensorView, Value, error::clip, pickle, read::Cursor, value::Decoder};
+use crate::{FormatError, TensorInfo, TensorView, Value, error::clip, pickle, read::Cursor, value::Decoder};
 use ashlar_core::DType;
 use std::{collections::HashMap, ops::Range};
 
@@ -56,7 +56,7 @@ pub struct Gguf<'a> {
     meta_index: HashMap<&'a str, usize>,
     tensors: Vec<Info<'a>>,
     tensor_index: HashMap<&'a str, usize>,
-    data: &'a [u8],
+    bytes: &'a [u8],
 }
 
 #[derive(Debug, Clone)]
@@ -64,8 +64,8 @@ struct Info<'a> {
     name: &'a str,
     shape: Vec<usize>,
     dtype: DType,
-    /// Within the data section; inside it, checked by `parse`.
-    range: Range<usize>,
+    /// Within the file; inside it, checked by `head`.
+    range: Range<u64>,
 }
 
 impl<'a> Gguf<'a> {
@@ -74,6 +74,17 @@ impl<'a> Gguf<'a> {
     /// # Errors
     /// [`FormatError`] for anything that is not a well-formed file.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, FormatError> {
+        Self::head(bytes, bytes.len() as u64)
+    }
+
+    /// [`Gguf::parse`] of a file of `len` bytes that begins with `bytes`. They
+    /// need only reach to the end of the header; tensors beyond them are in
+    /// [`Gguf::infos`] alone.
+    ///
+    /// # Errors
+    /// As [`Gguf::parse`]; [`FormatError::Truncated`] also where more of the file
+    /// is wanted.
+    pub fn head(bytes: &'a [u8], len: u64) -> Result<Self, FormatError> {
         let mut c = Cursor::new(bytes);
         if bytes.get(..4) != Some(MAGIC) {
             pickle::refuse(bytes)?;
@@ -128,23 +139,20 @@ impl<'a> Gguf<'a> {
         }
 
         let start = (c.at() as u64).next_multiple_of(alignment);
-        let data = usize::try_from(start)
-            .ok()
-            .and_then(|s| bytes.get(s..))
-            .unwrap_or(&[]);
+        let data = len.saturating_sub(start);
         extents.sort_unstable();
         let mut before: Option<(u64, usize)> = None;
         for (offset, size, i) in extents {
             let name = tensors[i].name;
             let end = offset
                 .checked_add(size)
-                .filter(|&end| end <= data.len() as u64)
+                .filter(|&end| end <= data)
                 .ok_or_else(|| FormatError::Offset {
                     name: clip(name),
                     offset,
                     bytes: size,
                     why: "it ends past the data",
-                    limit: data.len() as u64,
+                    limit: data,
                 })?;
             if let Some((end, other)) = before
                 && offset < end
@@ -156,15 +164,15 @@ impl<'a> Gguf<'a> {
                 });
             }
             before = Some((end, i));
-            // Both fit: they are at most `data.len()`.
-            tensors[i].range = offset as usize..end as usize;
+            // No overflow: they are at most `len`.
+            tensors[i].range = start + offset..start + end;
         }
         Ok(Self {
             meta,
             meta_index,
             tensors,
             tensor_index,
-            data,
+            bytes,
         })
     }
 
@@ -178,26 +186,41 @@ impl<'a> Gguf<'a> {
         self.meta.iter().map(|(k, v)| (*k, v))
     }
 
-    /// The tensor called `name`.
+    /// The tensor called `name`, if its bytes were given.
     pub fn tensor(&self, name: &str) -> Option<TensorView<'a>> {
         self.tensor_index
             .get(name)
-            .map(|&i| self.view(&self.tensors[i]))
+            .and_then(|&i| self.view(&self.tensors[i]))
+    }
+
+    /// All tensors whose bytes were given, in file order.
+    pub fn tensors(&self) -> impl Iterator<Item = TensorView<'a>> {
+        self.tensors.iter().filter_map(|t| self.view(t))
     }
 
     /// All tensors in file order.
-    pub fn tensors(&self) -> impl Iterator<Item = TensorView<'a>> {
-        self.tensors.iter().map(|t| self.view(t))
+    pub fn infos(&self) -> impl Iterator<Item = TensorInfo<'_>> {
+        self.tensors.iter().map(|t| TensorInfo {
+            name: t.name,
+            shape: &t.shape,
+            dtype: t.dtype,
+            range: t.range.clone(),
+        })
     }
 
-    fn view(&self, info: &Info<'a>) -> TensorView<'a> {
-        TensorView {
+    fn view(&self, info: &Info<'a>) -> Option<TensorView<'a>> {
+        Some(TensorView {
             name: info.name,
             shape: info.shape.clone(),
             dtype: info.dtype,
-            data: &self.data[info.range.clone()],
-        }
+            data: slice(self.bytes, &info.range)?,
+        })
     }
+}
+
+/// A file's range out of the bytes at hand.
+pub(crate) fn slice<'a>(bytes: &'a [u8], range: &Range<u64>) -> Option<&'a [u8]> {
+    bytes.get(usize::try_from(range.start).ok()?..usize::try_from(range.end).ok()?)
 }
 
 fn duplicate(what: &'static str, name: &str) -> FormatError {

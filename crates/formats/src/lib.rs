@@ -40,6 +40,20 @@ pub use value::Value;
 pub use write::GgufWriter;
 
 use ashlar_core::DType;
+use std::ops::Range;
+
+/// A tensor of a file of which only the beginning may be at hand.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TensorInfo<'a> {
+    /// Its name in the file.
+    pub name: &'a str,
+    /// Sizes, as in [`TensorView`].
+    pub shape: &'a [usize],
+    /// How the values are stored.
+    pub dtype: DType,
+    /// Where in the file its bytes are: inside it, checked when parsed.
+    pub range: Range<u64>,
+}
 
 /// A tensor inside a file's bytes; nothing is copied or decoded.
 #[derive(Debug, Clone, PartialEq)]

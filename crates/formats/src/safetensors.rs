@@ -3,7 +3,7 @@
 //! Stricter than the reference reader in one point: a name that appears twice
 //! is an error, where JSON parsers keep the last.
 
-use crate::{FormatError, TensorView, error::clip, pickle, read::Cursor};
+use crate::{FormatError, TensorInfo, TensorView, error::clip, gguf::slice, pickle, read::Cursor};
 use ashlar_core::DType;
 use serde::{
     Deserialize,
@@ -40,7 +40,7 @@ pub struct SafeTensors<'a> {
     /// In the order of their data.
     tensors: Vec<Info>,
     index: HashMap<String, usize>,
-    data: &'a [u8],
+    bytes: &'a [u8],
 }
 
 #[derive(Debug, Clone)]
@@ -48,7 +48,8 @@ struct Info {
     name: String,
     shape: Vec<usize>,
     dtype: DType,
-    range: Range<usize>,
+    /// Within the file; inside it, checked by `head`.
+    range: Range<u64>,
 }
 
 /// One entry of the header.
@@ -135,6 +136,17 @@ impl<'a> SafeTensors<'a> {
     /// # Errors
     /// [`FormatError`] for anything that is not a well-formed file.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, FormatError> {
+        Self::head(bytes, bytes.len() as u64)
+    }
+
+    /// [`SafeTensors::parse`] of a file of `len` bytes that begins with `bytes`.
+    /// They need only reach to the end of the header, [`head_bytes`] of them;
+    /// tensors beyond are in [`SafeTensors::infos`] alone.
+    ///
+    /// # Errors
+    /// As [`SafeTensors::parse`]; [`FormatError::Truncated`] also where more of the
+    /// file is wanted.
+    pub fn head(bytes: &'a [u8], len: u64) -> Result<Self, FormatError> {
         if bytes.get(8).is_some_and(|&b| b != b'{') {
             pickle::refuse(bytes)?;
             return Err(FormatError::Magic {
@@ -143,22 +155,16 @@ impl<'a> SafeTensors<'a> {
             });
         }
         let mut c = Cursor::new(bytes);
-        let length = c.u64("header length")?;
-        if length > MAX_HEADER {
-            return Err(FormatError::Value {
-                what: "header length".to_owned(),
-                found: length.to_string(),
-                need: "at most 100000000 bytes",
-            });
-        }
+        let length = head_bytes(c.array("header length")?)? - 8;
         let header: Header = serde_json::from_slice(c.take("header", length)?)
             .map_err(|e| FormatError::json("safetensors header", &e))?;
-        let data = c.take("data", c.left() as u64)?;
+        let start = c.at() as u64;
+        let data = len.saturating_sub(start);
 
         let mut tensors = header
             .entries
             .into_iter()
-            .map(|(name, entry)| info(name, &entry, data.len()))
+            .map(|(name, entry)| info(name, &entry, data))
             .collect::<Result<Vec<_>, _>>()?;
         tensors.sort_by(|a, b| {
             (a.range.start, a.range.end, &a.name).cmp(&(b.range.start, b.range.end, &b.name))
@@ -168,20 +174,24 @@ impl<'a> SafeTensors<'a> {
             if t.range.start != end {
                 return Err(FormatError::Offset {
                     name: clip(&t.name),
-                    offset: t.range.start as u64,
-                    bytes: t.range.len() as u64,
+                    offset: t.range.start,
+                    bytes: t.range.end - t.range.start,
                     why: "it does not begin where the one before ends",
-                    limit: end as u64,
+                    limit: end,
                 });
             }
             end = t.range.end;
         }
-        if end != data.len() {
+        if end != data {
             return Err(FormatError::Size {
                 name: "(all)".to_owned(),
-                need: end as u64,
-                found: data.len() as u64,
+                need: end,
+                found: data,
             });
+        }
+        for t in &mut tensors {
+            // No overflow: both are at most `len`.
+            t.range = start + t.range.start..start + t.range.end;
         }
         let index = tensors
             .iter()
@@ -192,7 +202,7 @@ impl<'a> SafeTensors<'a> {
             metadata: header.metadata,
             tensors,
             index,
-            data,
+            bytes,
         })
     }
 
@@ -201,28 +211,54 @@ impl<'a> SafeTensors<'a> {
         &self.metadata
     }
 
-    /// All tensors in the order of their data.
+    /// All tensors whose bytes were given, in the order of their data.
     pub fn tensors(&self) -> impl Iterator<Item = TensorView<'_>> {
-        self.tensors.iter().map(|t| self.view(t))
+        self.tensors.iter().filter_map(|t| self.view(t))
     }
 
-    /// The tensor called `name`.
+    /// The tensor called `name`, if its bytes were given.
     pub fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
-        self.index.get(name).map(|&i| self.view(&self.tensors[i]))
+        self.index.get(name).and_then(|&i| self.view(&self.tensors[i]))
     }
 
-    fn view<'s>(&'s self, info: &'s Info) -> TensorView<'s> {
-        TensorView {
+    /// All tensors in the order of their data.
+    pub fn infos(&self) -> impl Iterator<Item = TensorInfo<'_>> {
+        self.tensors.iter().map(|t| TensorInfo {
+            name: &t.name,
+            shape: &t.shape,
+            dtype: t.dtype,
+            range: t.range.clone(),
+        })
+    }
+
+    fn view<'s>(&'s self, info: &'s Info) -> Option<TensorView<'s>> {
+        Some(TensorView {
             name: &info.name,
             shape: info.shape.clone(),
             dtype: info.dtype,
-            data: &self.data[info.range.clone()],
-        }
+            data: slice(self.bytes, &info.range)?,
+        })
     }
 }
 
-/// Checks one entry by itself: type, shape, and its range within `len` bytes.
-fn info(name: String, entry: &Entry, len: usize) -> Result<Info, FormatError> {
+/// Bytes of a file's beginning up to its first value, from its first eight.
+///
+/// # Errors
+/// A header longer than [`MAX_HEADER`].
+pub fn head_bytes(first: [u8; 8]) -> Result<u64, FormatError> {
+    match u64::from_le_bytes(first) {
+        length if length <= MAX_HEADER => Ok(8 + length),
+        length => Err(FormatError::Value {
+            what: "header length".to_owned(),
+            found: length.to_string(),
+            need: "at most 100000000 bytes",
+        }),
+    }
+}
+
+/// Checks one entry by itself: type, shape, and its range within `len` bytes of
+/// values.
+fn info(name: String, entry: &Entry, len: u64) -> Result<Info, FormatError> {
     let dtype = TYPES
         .iter()
         .find(|t| t.0 == entry.dtype)
@@ -234,13 +270,13 @@ fn info(name: String, entry: &Entry, len: usize) -> Result<Info, FormatError> {
     let (shape, need) = plain_extent(&name, dtype, &entry.shape)?;
     let [begin, end] = entry.data_offsets;
     let bytes = end.checked_sub(begin);
-    let (Some(bytes), true) = (bytes, end <= len as u64) else {
+    let (Some(bytes), true) = (bytes, end <= len) else {
         return Err(FormatError::Offset {
             name: clip(&name),
             offset: begin,
             bytes: bytes.unwrap_or(0),
             why: "its data_offsets are reversed or end past the data",
-            limit: len as u64,
+            limit: len,
         });
     };
     if bytes != need as u64 {
@@ -250,13 +286,11 @@ fn info(name: String, entry: &Entry, len: usize) -> Result<Info, FormatError> {
             found: bytes,
         });
     }
-    // Both fit: they are at most `len`.
-    let range = begin as usize..end as usize;
     Ok(Info {
         name,
         shape,
         dtype,
-        range,
+        range: begin..end,
     })
 }
 

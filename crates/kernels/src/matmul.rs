@@ -485,7 +485,14 @@ mod tests {
             for dtype in TYPES {
                 let k = 256;
                 let bytes = rows(dtype, n, k, seed);
-                let w = PackedMatrix::from_rows(dtype, n, k, &bytes).unwrap();
+                let row = bytes.len() / n;
+                let w = PackedMatrix::read_rows::<crate::KernelError>(&Pool::new(2), dtype, n, k, |i, to| {
+                    to.copy_from_slice(&bytes[i * row..][..to.len()]);
+                    Ok(())
+                });
+                let w = w.unwrap();
+                let whole = PackedMatrix::from_rows(dtype, n, k, &bytes).unwrap();
+                prop_assert!((0..w.groups()).all(|g| w.group(g) == whole.group(g)), "{:?}", dtype);
                 let mut plain = vec![0.0; n * k];
                 dequantize(dtype, &bytes, &mut plain).unwrap();
                 let mut row = vec![0.0; k];

@@ -23,12 +23,18 @@
 use crate::{KernelError, Pool, quants};
 use ashlar_core::DType;
 use half::{bf16, f16};
-use std::{alloc::Layout, ptr::NonNull};
+use std::{
+    alloc::Layout,
+    ptr::NonNull,
+    sync::{Mutex, PoisonError},
+};
 
 /// Columns of a group.
 pub(crate) const GROUP: usize = 16;
 /// Values along k in a block.
 pub(crate) const BLOCK: usize = 32;
+/// Bytes of a file that a thread holds while it packs them, about.
+pub(crate) const SCRATCH: usize = if cfg!(test) { 2 << 10 } else { 256 << 10 };
 /// Blocks that share the factors of a K kind.
 pub(crate) const SUPER: usize = 8;
 
@@ -275,27 +281,54 @@ impl PackedMatrix {
         k: usize,
         bytes: &[u8],
     ) -> Result<Self, KernelError> {
-        let row = dtype.bytes_for(k).ok_or(KernelError::Ragged {
-            dtype,
-            values: k,
-            block: dtype.block_len(),
-        })?;
+        let row = row_bytes(dtype, k)?;
         if row.checked_mul(n) != Some(bytes.len()) {
             let (values, expected) = (n.saturating_mul(k), row.saturating_mul(n));
             return Err(KernelError::Length { dtype, values, expected, got: bytes.len() });
         }
-        let kind = Kind::of(dtype);
-        if kind == Kind::F32 {
-            // What may fail in a row depends on the type alone.
-            quants::dequantize(dtype, &bytes[..row.min(bytes.len())], &mut vec![0.0; if n > 0 { k } else { 0 }])?;
-        }
-        let size = kind.group_bytes(k);
+        let (kind, size) = packable(dtype, k)?;
         let mut data = Bytes::zeroed(n.div_ceil(GROUP) * size);
         pool.chunks_mut(&mut data, size, |g, dst| {
-            let rows = bytes[g * GROUP * row..].chunks_exact(row.max(1)).take(GROUP);
-            rows.enumerate().for_each(|(col, src)| pack_row(dtype, kind, k, src, col, dst));
+            let from = g * GROUP * row;
+            pack_group(dtype, kind, k, &bytes[from..bytes.len().min(from + GROUP * row)], dst);
         });
         Ok(Self { n, k, dtype, kind, data })
+    }
+
+    /// [`PackedMatrix::from_rows_on`] of rows that are not in memory: `read(i, to)`
+    /// fills `to` with whole rows from row `i` on. It is called on the pool's
+    /// threads for some [`SCRATCH`] bytes at a time, each row once.
+    ///
+    /// # Errors
+    /// As [`PackedMatrix::from_rows`], and what `read` refuses.
+    pub fn read_rows<E: From<KernelError> + Send>(
+        pool: &Pool,
+        dtype: DType,
+        n: usize,
+        k: usize,
+        read: impl Fn(usize, &mut [u8]) -> Result<(), E> + Sync,
+    ) -> Result<Self, E> {
+        let row = row_bytes(dtype, k)?;
+        let (kind, size) = packable(dtype, k)?;
+        let mut data = Bytes::zeroed(n.div_ceil(GROUP) * size);
+        let groups = (SCRATCH / (GROUP * row).max(1)).max(1);
+        let failed = Mutex::new(None);
+        pool.chunks_mut(&mut data, groups * size, |task, dst| {
+            let first = task * groups * GROUP;
+            let rows = (groups * GROUP).min(n - first);
+            let mut src = vec![0; rows * row];
+            if let Err(e) = read(first, &mut src) {
+                *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(e);
+                return;
+            }
+            for (src, dst) in src.chunks((GROUP * row).max(1)).zip(dst.chunks_exact_mut(size.max(1))) {
+                pack_group(dtype, kind, k, src, dst);
+            }
+        });
+        match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(e) => Err(e),
+            None => Ok(Self { n, k, dtype, kind, data }),
+        }
     }
 
     /// Rows: the width of the product.
@@ -456,6 +489,28 @@ pub(crate) fn plain(kind: Kind, step: &[u8], col: usize) -> f32 {
     }
 }
 
+/// Bytes of a row of `k` values.
+fn row_bytes(dtype: DType, k: usize) -> Result<usize, KernelError> {
+    dtype.bytes_for(k).ok_or(KernelError::Ragged { dtype, values: k, block: dtype.block_len() })
+}
+
+/// What a type's matrices become, and the bytes of one group.
+fn packable(dtype: DType, k: usize) -> Result<(Kind, usize), KernelError> {
+    let kind = Kind::of(dtype);
+    if kind == Kind::F32 {
+        // What may fail in a row depends on the type alone.
+        quants::dequantize(dtype, &[], &mut [])?;
+    }
+    Ok((kind, kind.group_bytes(k)))
+}
+
+/// Packs at most sixteen rows of a file.
+fn pack_group(dtype: DType, kind: Kind, k: usize, src: &[u8], dst: &mut [u8]) {
+    let row = dtype.bytes_for(k).unwrap_or(0).max(1);
+    let rows = src.chunks_exact(row);
+    rows.enumerate().for_each(|(col, src)| pack_row(dtype, kind, k, src, col, dst));
+}
+
 /// Writes one row of a file as column `col` of a group.
 fn pack_row(dtype: DType, kind: Kind, k: usize, src: &[u8], col: usize, dst: &mut [u8]) {
     match kind {
@@ -512,22 +567,33 @@ fn pack_head(dtype: DType, f: Format, src: &[u8], col: usize, head: &mut [u8]) {
     }
 }
 
-/// Writes one column of a block of codes.
+/// Writes one column of a block of codes, four at a time: those of a step.
 fn pack_codes(f: Format, codes: &[u8], col: usize, dst: &mut [u8]) {
-    for (i, &q) in codes.iter().enumerate() {
-        let (step, lane) = (i / 4, col * 4 + i % 4);
-        if f.codes == Codes::Byte {
-            dst[step * 64 + lane] = q;
-            continue;
+    let (codes, _) = codes.as_chunks::<4>();
+    let put = |dst: &mut [u8], step: usize, word: u32| {
+        dst[step * 64 + col * 4..][..4].copy_from_slice(&word.to_le_bytes());
+    };
+    if f.codes == Codes::Byte {
+        for (step, four) in codes.iter().enumerate() {
+            put(dst, step, u32::from_le_bytes(*four));
         }
-        dst[step % 4 * 64 + lane] |= (q & 15) << (step / 4 * 4);
-        let planes = match f.codes {
-            Codes::Five => 1,
-            Codes::Six => 2,
-            _ => 0,
-        };
-        for p in 0..planes {
-            dst[256 + p * 64 + step * 8 + lane / 8] |= (q >> (4 + p) & 1) << (lane % 8);
+        return;
+    }
+    const LOW: u32 = 0x0f0f_0f0f;
+    let planes = match f.codes {
+        Codes::Five => 1,
+        Codes::Six => 2,
+        _ => 0,
+    };
+    for step in 0..4 {
+        let [low, high] = [step, step + 4].map(|s| u32::from_le_bytes(codes[s]));
+        put(dst, step, low & LOW | (high & LOW) << 4);
+        for (step, word) in [(step, low), (step + 4, high)] {
+            for p in 0..planes {
+                // Bit 0 of each byte, moved to bits 28 to 31 in order.
+                let four = (word >> (4 + p) & 0x0101_0101).wrapping_mul(0x1020_4080) >> 28;
+                dst[256 + p * 64 + step * 8 + col / 2] |= (four as u8) << (col % 2 * 4);
+            }
         }
     }
 }

@@ -9,9 +9,10 @@ use crate::{
     BLOCK, Config, ModelError, Order, arch,
     cache,
     ffn::{self, Buffers},
+    file::GgufFile,
     formats::{Gguf, Value},
     load::{Layer, Norm, Reader, weight},
-    source::{self, Folder, Source, read},
+    source::{self, Folder, Source},
 };
 use ashlar_kernels::{KvLayer, KvType, PackedMatrix, Pool, add, attention};
 use std::{path::Path, sync::Arc};
@@ -73,16 +74,21 @@ impl Encoder {
             let names = ["embeddings.position_embeddings", "embeddings.token_type_embeddings"];
             return Self::build(&source, description, names, pooling, pool);
         }
-        let file = read(path)?;
-        Self::from_gguf(&Gguf::parse(&file)?, pool)
+        let file = GgufFile::open(path)?;
+        let gguf = file.gguf()?;
+        Self::packed(&gguf, &Source::from_file(&gguf, &file, &pool)?, pool)
     }
 
-    /// Packs a parsed file.
+    /// Packs a file that is in memory whole.
     ///
     /// # Errors
     /// As [`Encoder::load`], but for reading.
     pub fn from_gguf(gguf: &Gguf, pool: Arc<Pool>) -> Result<Self, ModelError> {
-        let description = arch::from_gguf(gguf)?;
+        Self::packed(gguf, &Source::from_gguf(gguf, &pool)?, pool)
+    }
+
+    fn packed(gguf: &Gguf, source: &Source, pool: Arc<Pool>) -> Result<Self, ModelError> {
+        let description = arch::from_gguf(gguf, source)?;
         let key = format!("{}.pooling_type", description.0.architecture);
         let pooling = match gguf.meta(&key).map(Value::as_u64) {
             None | Some(Some(1)) => Pooling::Mean,
@@ -93,7 +99,7 @@ impl Encoder {
             }
         };
         let names = ["position_embd", "token_types"];
-        Self::build(&Source::from_gguf(gguf, &pool), description, names, pooling, pool)
+        Self::build(source, description, names, pooling, pool)
     }
 
     fn build(

@@ -9,6 +9,7 @@ mod cache;
 mod config;
 mod encoder;
 mod error;
+mod file;
 mod ffn;
 mod footprint;
 mod forward;
@@ -24,10 +25,12 @@ pub use cache::KvCache;
 pub use config::{Activation, Config, Experts, Order, QkNorm};
 pub use encoder::{Encoder, Pooling};
 pub use error::ModelError;
+pub use file::GgufFile;
 pub use footprint::{tables_bytes, workspace_bytes};
 pub use forward::{Item, Logits, Want, Workspace};
 pub use load::Model;
 pub use rope::Rope;
+pub use source::{TensorSize, tensor_sizes};
 pub use weights::{LayerWeights, Weights};
 
 /// Tokens in a block of the KV cache.

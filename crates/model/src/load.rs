@@ -7,11 +7,12 @@
 use crate::{
     Config, Experts, ModelError, Order, QkNorm,
     arch::{self, Description, ExpertNames, GateUp, Names, Qkv},
-    formats::{Gguf, TensorView},
-    source::{self, Folder, Source, read},
+    file::GgufFile,
+    formats::Gguf,
+    source::{self, Folder, Source, Tensor},
 };
 use ashlar_kernels::{AttentionSpec, PackedMatrix, Pool, RopeTable};
-use std::{path::Path, sync::Arc};
+use std::{ops::Range, path::Path, sync::Arc};
 
 /// A matrix and, where there is one, its bias.
 pub(crate) struct Linear {
@@ -100,15 +101,26 @@ impl Model {
             let source = Source::from_shards(&shards, description.1.prefix, &pool)?;
             return Self::build(&source, description, pool);
         }
-        Self::from_gguf(&Gguf::parse(&read(path)?)?, pool)
+        let file = GgufFile::open(path)?;
+        Self::from_file(&file, &file.gguf()?, pool)
     }
 
-    /// Packs a parsed file.
+    /// Packs a file that is in memory whole.
     ///
     /// # Errors
     /// As [`Model::load`], but for reading.
     pub fn from_gguf(gguf: &Gguf, pool: Arc<Pool>) -> Result<Self, ModelError> {
-        Self::build(&Source::from_gguf(gguf, &pool), arch::from_gguf(gguf)?, pool)
+        let source = Source::from_gguf(gguf, &pool)?;
+        Self::build(&source, arch::from_gguf(gguf, &source)?, pool)
+    }
+
+    /// Reads and packs a file whose header is `gguf`.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn from_file(file: &GgufFile, gguf: &Gguf, pool: Arc<Pool>) -> Result<Self, ModelError> {
+        let source = Source::from_file(gguf, file, &pool)?;
+        Self::build(&source, arch::from_gguf(gguf, &source)?, pool)
     }
 
     fn build(source: &Source, (config, names): Description, pool: Arc<Pool>) -> Result<Self, ModelError> {
@@ -118,11 +130,11 @@ impl Model {
         }
         let c = &config;
         let head = weight(names.head);
-        let same = |a: &TensorView, b: &TensorView| a.dtype == b.dtype && a.data == b.data;
+        let embedded = |t: &Tensor| source.find(&weight(names.embed)).map_or(Ok(false), |e| t.same(e));
         let head = match (c.tied, source.find(&head)) {
             (true, None) => None,
-            (true, Some(view)) if source.find(&weight(names.embed)).is_some_and(|e| same(e, view)) => None,
-            (true, Some(view)) => return Err(ModelError::Unused(view.name.into())),
+            (true, Some(tensor)) if embedded(tensor)? => None,
+            (true, Some(tensor)) => return Err(ModelError::Unused(tensor.name.into())),
             (false, _) => Some(source.matrix(&head, c.vocab, c.hidden)?),
         };
         let reader = Reader { source, config: c, names: &names };
@@ -209,23 +221,21 @@ impl Reader<'_, '_> {
         Ok(Linear { w, bias })
     }
 
-    /// Linears out of one tensor, each given by the rows it takes, which
+    /// Linears out of one tensor, each given by the runs of rows it takes, which
     /// together are all of them.
     fn split<const N: usize>(
         &self,
         name: &str,
-        parts: [Vec<usize>; N],
+        parts: [Vec<Range<usize>>; N],
         k: usize,
         bias: bool,
     ) -> Result<[Linear; N], ModelError> {
-        let n = parts.iter().map(Vec::len).sum();
-        let view = self.source.tensor(&weight(name), &[n, k])?;
+        let n = parts.iter().flatten().map(Range::len).sum();
+        let tensor = self.source.tensor(&weight(name), &[n, k])?;
         let all = bias.then(|| self.source.floats(&format!("{name}.bias"), &[n])).transpose()?;
-        let row = view.data.len() / n;
-        let one = |rows: Vec<usize>| {
-            let bytes: Vec<u8> = rows.iter().flat_map(|r| &view.data[r * row..][..row]).copied().collect();
-            let bias = all.as_ref().map(|all| rows.iter().map(|&r| all[r]).collect());
-            Ok(Linear { w: self.source.pack(view, rows.len(), k, &bytes)?, bias })
+        let one = |runs: Vec<Range<usize>>| {
+            let bias = all.as_ref().map(|all| runs.iter().flat_map(|r| &all[r.clone()]).copied().collect());
+            Ok(Linear { w: self.source.pack(tensor, k, &runs)?, bias })
         };
         let linears = parts.into_iter().map(one).collect::<Result<Vec<_>, ModelError>>()?;
         // As many as there were parts.
@@ -242,8 +252,8 @@ impl Reader<'_, '_> {
                 self.linear(&at(v), kv, c.hidden, bias)?,
             ]),
             Qkv::Stacked(name) => {
-                let ends = [(0, q), (q, q + kv), (q + kv, q + 2 * kv)];
-                self.split(&at(name), ends.map(|(from, to)| (from..to).collect()), c.hidden, bias)
+                let parts = [0..q, q..q + kv, q + kv..q + 2 * kv];
+                self.split(&at(name), parts.map(|run| vec![run]), c.hidden, bias)
             }
             Qkv::ByHead(_) if c.kv_heads != c.heads => {
                 let (what, value) = ("key and value heads".into(), c.kv_heads.to_string());
@@ -251,7 +261,7 @@ impl Reader<'_, '_> {
             }
             Qkv::ByHead(name) => {
                 let part = |part| move |head| (3 * head + part) * dim..(3 * head + part + 1) * dim;
-                let parts = [0, 1, 2].map(|p| (0..c.heads).flat_map(part(p)).collect());
+                let parts = [0, 1, 2].map(|p| (0..c.heads).map(part(p)).collect());
                 self.split(&at(name), parts, c.hidden, bias)
             }
         }
@@ -261,8 +271,8 @@ impl Reader<'_, '_> {
         let (c, bias) = (self.config, self.config.ffn_bias);
         let (gate, up) = match self.names.gate_up {
             GateUp::Stacked(name) => {
-                let [gate, up] =
-                    self.split(&at(name), [(0..c.ffn).collect(), (c.ffn..2 * c.ffn).collect()], c.hidden, bias)?;
+                let parts = [0..c.ffn, c.ffn..2 * c.ffn].map(|run| vec![run]);
+                let [gate, up] = self.split(&at(name), parts, c.hidden, bias)?;
                 (Some(gate), up)
             }
             GateUp::Apart(gate, up) => {
@@ -287,9 +297,8 @@ impl Reader<'_, '_> {
                         self.linear(&name, n, k, false)
                     }
                     ExpertNames::Stacked(names) => {
-                        let view = self.source.tensor(&weight(&at(names[i])), &[count, n, k])?;
-                        let size = view.data.len() / count;
-                        self.source.pack(view, n, k, &view.data[e * size..][..size]).map(plain)
+                        let tensor = self.source.tensor(&weight(&at(names[i])), &[count, n, k])?;
+                        self.source.pack(tensor, k, std::slice::from_ref(&(e * n..(e + 1) * n))).map(plain)
                     }
                 }
             };

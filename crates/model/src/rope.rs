@@ -6,7 +6,7 @@
 //! key. Therefore "dynamic" is refused, and "longrope" runs with its factors for
 //! short contexts, within the original context.
 
-use crate::{ModelError, formats::Gguf, keys::Keys, source};
+use crate::{ModelError, keys::Keys, source::Source};
 use serde::{Deserialize, Serialize};
 use std::f64::consts::TAU;
 
@@ -154,7 +154,7 @@ pub(crate) fn from_hf(
 /// Reads GGUF's `rope.` keys and tensors of factors. May shorten `context`.
 pub(crate) fn from_gguf(
     k: &Keys,
-    gguf: &Gguf,
+    file: &Source,
     head_dim: usize,
     context: &mut usize,
 ) -> Result<Rope, ModelError> {
@@ -165,10 +165,7 @@ pub(crate) fn from_gguf(
     let given = k.maybe_float("rope.scaling.attn_factor")?;
     let factor = k.maybe_float("rope.scaling.factor")?;
     let need = || factor.ok_or_else(|| k.lacks("rope.scaling.factor"));
-    let read = |name: &str| match gguf.tensor(name) {
-        None => Ok(None),
-        Some(view) => source::floats(&view, &[dim / 2]).map(Some),
-    };
+    let read = |name: &str| file.has(name).then(|| file.floats(name, &[dim / 2])).transpose();
     if let Some(factors) = read("rope_factors_short.weight")? {
         k.text("rope.scaling.type")?;
         let original = original.ok_or_else(|| k.lacks("rope.scaling.original_context_length"))?;

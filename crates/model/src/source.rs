@@ -5,12 +5,16 @@
 
 use crate::{
     ModelError,
-    formats::{Gguf, TensorView, safetensors::SafeTensors},
+    file::{GgufFile, Opened},
+    formats::{Gguf, TensorInfo, safetensors::{self, SafeTensors}},
 };
-use ashlar_kernels::{PackedMatrix, Pool, dequantize};
+use ashlar_core::DType;
+use ashlar_kernels::{KernelError, PackedMatrix, Pool, dequantize};
 use std::{
+    borrow::Cow,
     cell::RefCell,
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -19,10 +23,125 @@ use std::{
 pub(crate) const CONFIG: &str = "config.json";
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// Bytes compared at once.
+const PIECE: usize = 1 << 20;
+
+/// A tensor of a checkpoint: what it is, and where its values are.
+pub(crate) struct Tensor<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) shape: &'a [usize],
+    pub(crate) dtype: DType,
+    bytes: usize,
+    place: Place<'a>,
+}
+
+#[derive(Clone, Copy)]
+enum Place<'a> {
+    Memory(&'a [u8]),
+    /// From this byte of a file on.
+    File(&'a Opened, u64),
+}
+
+impl<'a> Tensor<'a> {
+    fn new(info: TensorInfo<'a>, place: Place<'a>) -> Result<Self, ModelError> {
+        let TensorInfo { name, shape, dtype, range } = info;
+        let bytes = usize::try_from(range.end - range.start).map_err(|_| ModelError::Missing(name.into()))?;
+        Ok(Self { name, shape, dtype, bytes, place })
+    }
+
+    /// Fills `to` with the bytes from `from` on.
+    fn read(&self, from: usize, to: &mut [u8]) -> Result<(), ModelError> {
+        match self.place {
+            Place::File(file, at) => file.read(at + from as u64, to),
+            Place::Memory(bytes) => {
+                let there = bytes.get(from..from + to.len());
+                to.copy_from_slice(there.ok_or_else(|| ModelError::Missing(self.name.into()))?);
+                Ok(())
+            }
+        }
+    }
+
+    /// All of its bytes.
+    pub(crate) fn bytes(&self) -> Result<Cow<'a, [u8]>, ModelError> {
+        if let Place::Memory(bytes) = self.place {
+            return Ok(Cow::Borrowed(bytes));
+        }
+        let mut bytes = vec![0; self.bytes];
+        self.read(0, &mut bytes)?;
+        Ok(Cow::Owned(bytes))
+    }
+
+    /// Its values, if its shape is `expected`.
+    fn floats(&self, expected: &[usize]) -> Result<Vec<f32>, ModelError> {
+        self.shaped(expected)?;
+        let mut out = vec![0.0; self.shape.iter().product()];
+        dequantize(self.dtype, &self.bytes()?, &mut out).map_err(|cause| self.refused(cause))?;
+        Ok(out)
+    }
+
+    fn shaped(&self, expected: &[usize]) -> Result<(), ModelError> {
+        if self.shape == expected {
+            return Ok(());
+        }
+        let (expected, got) = (expected.to_vec(), self.shape.to_vec());
+        Err(ModelError::Shape { name: self.name.into(), expected, got })
+    }
+
+    pub(crate) fn refused(&self, cause: KernelError) -> ModelError {
+        ModelError::Tensor { name: self.name.into(), cause }
+    }
+
+    /// Whether `other` has the same values.
+    pub(crate) fn same(&self, other: &Self) -> Result<bool, ModelError> {
+        if self.dtype != other.dtype || self.bytes != other.bytes {
+            return Ok(false);
+        }
+        let (mut a, mut b) = (vec![0; PIECE.min(self.bytes)], vec![0; PIECE.min(self.bytes)]);
+        for from in (0..self.bytes).step_by(PIECE) {
+            let here = PIECE.min(self.bytes - from);
+            self.read(from, &mut a[..here])?;
+            other.read(from, &mut b[..here])?;
+            if a[..here] != b[..here] {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Fills `to` with rows of `row` bytes, from number `i` of those in `runs` on.
+    fn rows(&self, runs: &[Range<usize>], row: usize, mut i: usize, mut to: &mut [u8]) -> Result<(), ModelError> {
+        for run in runs {
+            if to.is_empty() {
+                break;
+            }
+            if i >= run.len() {
+                i -= run.len();
+                continue;
+            }
+            let here = ((run.len() - i) * row).min(to.len());
+            let (now, later) = to.split_at_mut(here);
+            self.read((run.start + i) * row, now)?;
+            (to, i) = (later, 0);
+        }
+        Ok(())
+    }
+}
+
+/// Why rows were not packed.
+enum Unpacked {
+    Kernel(KernelError),
+    Model(ModelError),
+}
+
+impl From<KernelError> for Unpacked {
+    fn from(e: KernelError) -> Self {
+        Self::Kernel(e)
+    }
+}
 
 /// Tensors by name.
 pub(crate) struct Source<'a> {
-    tensors: HashMap<&'a str, TensorView<'a>>,
+    tensors: HashMap<&'a str, Tensor<'a>>,
     read: RefCell<HashSet<&'a str>>,
     /// Put before names: base models are saved without their head's prefix.
     prefix: &'static str,
@@ -31,25 +150,46 @@ pub(crate) struct Source<'a> {
 }
 
 impl<'a> Source<'a> {
-    /// Those of a GGUF file.
-    pub(crate) fn from_gguf(gguf: &Gguf<'a>, pool: &Arc<Pool>) -> Self {
-        let tensors = gguf.tensors().map(|t| (t.name, t)).collect();
-        Self { tensors, read: RefCell::default(), prefix: "", pool: Arc::clone(pool) }
+    /// Those of a GGUF file that is in memory whole.
+    pub(crate) fn from_gguf(gguf: &'a Gguf<'a>, pool: &Arc<Pool>) -> Result<Self, ModelError> {
+        let place = |info: &TensorInfo| {
+            let view = gguf.tensor(info.name).ok_or_else(|| ModelError::Missing(info.name.into()))?;
+            Ok(Place::Memory(view.data))
+        };
+        Self::of(gguf.infos().map(|info| (place(&info), info)), "", pool)
+    }
+
+    /// Those of a GGUF file, `gguf` being its header.
+    pub(crate) fn from_file(gguf: &'a Gguf<'a>, file: &'a GgufFile, pool: &Arc<Pool>) -> Result<Self, ModelError> {
+        let place = |info: &TensorInfo| Ok(Place::File(&file.file, info.range.start));
+        Self::of(gguf.infos().map(|info| (place(&info), info)), "", pool)
     }
 
     /// Those of safetensors files. `prefix` is left off where no name has it.
     pub(crate) fn from_shards(
-        shards: &'a [SafeTensors<'a>],
+        shards: &'a [(&'a Opened, SafeTensors<'a>)],
+        prefix: &'static str,
+        pool: &Arc<Pool>,
+    ) -> Result<Self, ModelError> {
+        let all = shards.iter().flat_map(|(file, shard)| shard.infos().map(move |info| (file, info)));
+        let placed = all.map(|(file, info)| (Ok(Place::File(file, info.range.start)), info));
+        let mut source = Self::of(placed, prefix, pool)?;
+        source.prefix = if source.tensors.keys().any(|k| k.starts_with(prefix)) { prefix } else { "" };
+        Ok(source)
+    }
+
+    fn of(
+        all: impl Iterator<Item = (Result<Place<'a>, ModelError>, TensorInfo<'a>)>,
         prefix: &'static str,
         pool: &Arc<Pool>,
     ) -> Result<Self, ModelError> {
         let mut tensors = HashMap::new();
-        for view in shards.iter().flat_map(SafeTensors::tensors) {
-            if tensors.insert(view.name, view.clone()).is_some() {
-                return Err(ModelError::Twice(view.name.into()));
+        for (place, info) in all {
+            let name = info.name;
+            if tensors.insert(name, Tensor::new(info, place?)?).is_some() {
+                return Err(ModelError::Twice(name.into()));
             }
         }
-        let prefix = if tensors.keys().any(|k| k.starts_with(prefix)) { prefix } else { "" };
         Ok(Self { tensors, read: RefCell::default(), prefix, pool: Arc::clone(pool) })
     }
 
@@ -61,41 +201,45 @@ impl<'a> Source<'a> {
         }
     }
 
+    /// Whether there is a tensor `name`.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(self.full(name).as_str())
+    }
+
     /// The tensor `name`; a name that begins with `/` is taken without the prefix.
-    pub(crate) fn find(&self, name: &str) -> Option<&TensorView<'a>> {
-        let (key, view) = self.tensors.get_key_value(self.full(name).as_str())?;
+    pub(crate) fn find(&self, name: &str) -> Option<&Tensor<'a>> {
+        let (key, tensor) = self.tensors.get_key_value(self.full(name).as_str())?;
         self.read.borrow_mut().insert(key);
-        Some(view)
+        Some(tensor)
     }
 
     /// The tensor `name`, if its shape is `expected`.
-    pub(crate) fn tensor(&self, name: &str, expected: &[usize]) -> Result<&TensorView<'a>, ModelError> {
-        let view = self.find(name).ok_or_else(|| ModelError::Missing(self.full(name)))?;
-        shaped(view, expected)?;
-        Ok(view)
+    pub(crate) fn tensor(&self, name: &str, expected: &[usize]) -> Result<&Tensor<'a>, ModelError> {
+        let tensor = self.find(name).ok_or_else(|| ModelError::Missing(self.full(name)))?;
+        tensor.shaped(expected)?;
+        Ok(tensor)
     }
 
     /// The tensor `name` as `f32`.
     pub(crate) fn floats(&self, name: &str, expected: &[usize]) -> Result<Vec<f32>, ModelError> {
-        floats(self.tensor(name, expected)?, expected)
+        self.tensor(name, expected)?.floats(expected)
     }
 
     /// The tensor `name` of `[n, k]`, packed.
     pub(crate) fn matrix(&self, name: &str, n: usize, k: usize) -> Result<PackedMatrix, ModelError> {
-        let view = self.tensor(name, &[n, k])?;
-        self.pack(view, n, k, view.data)
+        self.pack(self.tensor(name, &[n, k])?, k, std::slice::from_ref(&(0..n)))
     }
 
-    /// A matrix of `[n, k]` out of a tensor's bytes.
-    pub(crate) fn pack(
-        &self,
-        view: &TensorView,
-        n: usize,
-        k: usize,
-        bytes: &[u8],
-    ) -> Result<PackedMatrix, ModelError> {
-        PackedMatrix::from_rows_on(&self.pool, view.dtype, n, k, bytes)
-            .map_err(|cause| ModelError::Tensor { name: view.name.into(), cause })
+    /// Rows of `k` values out of a tensor, run after run, as one matrix. The runs
+    /// lie within the tensor.
+    pub(crate) fn pack(&self, tensor: &Tensor, k: usize, runs: &[Range<usize>]) -> Result<PackedMatrix, ModelError> {
+        let n = runs.iter().map(Range::len).sum();
+        let row = tensor.dtype.bytes_for(k).unwrap_or(0);
+        let read = |i: usize, to: &mut [u8]| tensor.rows(runs, row, i, to).map_err(Unpacked::Model);
+        PackedMatrix::read_rows(&self.pool, tensor.dtype, n, k, read).map_err(|e| match e {
+            Unpacked::Kernel(cause) => tensor.refused(cause),
+            Unpacked::Model(e) => e,
+        })
     }
 
     /// Refuses tensors that nobody read, but for those `spare` names.
@@ -108,33 +252,16 @@ impl<'a> Source<'a> {
     }
 }
 
-/// A tensor's values, if its shape is `expected`.
-pub(crate) fn floats(view: &TensorView, expected: &[usize]) -> Result<Vec<f32>, ModelError> {
-    shaped(view, expected)?;
-    let mut out = vec![0.0; view.elements()];
-    dequantize(view.dtype, view.data, &mut out)
-        .map_err(|cause| ModelError::Tensor { name: view.name.into(), cause })?;
-    Ok(out)
-}
-
-fn shaped(view: &TensorView, expected: &[usize]) -> Result<(), ModelError> {
-    if view.shape == expected {
-        return Ok(());
-    }
-    let (expected, got) = (expected.to_vec(), view.shape.clone());
-    Err(ModelError::Shape { name: view.name.into(), expected, got })
-}
-
-/// A folder in Hugging Face's layout, its weights mapped.
+/// A folder in Hugging Face's layout, its weights' headers read.
 pub(crate) struct Folder {
     path: PathBuf,
-    files: Vec<Vec<u8>>,
+    files: Vec<(Opened, Vec<u8>)>,
     /// Names that the index says are in the shard of the same number.
     promised: Vec<BTreeSet<String>>,
 }
 
 impl Folder {
-    /// Maps `model.safetensors`, or the shards that the index names.
+    /// Opens `model.safetensors`, or the shards that the index names.
     pub(crate) fn open(path: &Path) -> Result<Self, ModelError> {
         let index = path.join(INDEX);
         let mut shards: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
@@ -155,7 +282,17 @@ impl Folder {
         } else {
             shards.insert(SINGLE.into(), BTreeSet::new());
         }
-        let files = shards.keys().map(|file| read(&path.join(file))).collect::<Result<_, _>>()?;
+        let open = |name: &String| {
+            let file = Opened::open(&path.join(name))?;
+            let first = file.begin(8)?;
+            // A file too short for a header's length is left to the parser.
+            let head = match first.first_chunk() {
+                Some(first) => file.begin(safetensors::head_bytes(*first).unwrap_or(16))?,
+                None => first,
+            };
+            Ok((file, head))
+        };
+        let files = shards.keys().map(open).collect::<Result<_, ModelError>>()?;
         Ok(Self { path: path.into(), files, promised: shards.into_values().collect() })
     }
 
@@ -170,22 +307,49 @@ impl Folder {
     }
 
     /// Parses the weights and holds them against the index.
-    pub(crate) fn shards(&self) -> Result<Vec<SafeTensors<'_>>, ModelError> {
+    pub(crate) fn shards(&self) -> Result<Vec<(&Opened, SafeTensors<'_>)>, ModelError> {
         let mut shards = Vec::with_capacity(self.files.len());
-        for (file, names) in self.files.iter().zip(&self.promised) {
-            let shard = SafeTensors::parse(file)?;
-            if let Some(name) = names.iter().find(|n| shard.tensor(n).is_none()) {
+        for ((file, head), names) in self.files.iter().zip(&self.promised) {
+            let shard = SafeTensors::head(head, file.len)?;
+            let there: HashSet<&str> = shard.infos().map(|t| t.name).collect();
+            if let Some(name) = names.iter().find(|n| !there.contains(n.as_str())) {
                 return Err(ModelError::Missing(name.clone()));
             }
-            shards.push(shard);
+            shards.push((file, shard));
         }
         Ok(shards)
     }
 }
 
-/// Reads a file. Not mapped: touching a page of a map whose file was cut short
-/// meanwhile would end the process, while a read just comes out short, which
-/// parsing then refuses.
-pub(crate) fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
+/// Reads a small file whole.
+fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
     std::fs::read(path).map_err(|e| ModelError::Read { path: path.into(), cause: e.to_string() })
+}
+
+/// The size of one tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TensorSize {
+    /// How its values are stored.
+    pub dtype: DType,
+    /// How many they are.
+    pub values: u64,
+    /// Their bytes in the file.
+    pub bytes: u64,
+}
+
+/// The sizes of all tensors of a GGUF file or of a folder in Hugging Face's layout,
+/// from their headers alone.
+///
+/// # Errors
+/// Files that cannot be read or are not well-formed.
+pub fn tensor_sizes(path: &Path) -> Result<Vec<TensorSize>, ModelError> {
+    let size = |t: TensorInfo| {
+        let values = t.shape.iter().map(|&n| n as u64).product();
+        TensorSize { dtype: t.dtype, values, bytes: t.range.end - t.range.start }
+    };
+    if path.is_dir() {
+        let folder = Folder::open(path)?;
+        return Ok(folder.shards()?.iter().flat_map(|(_, shard)| shard.infos()).map(size).collect());
+    }
+    Ok(GgufFile::open(path)?.gguf()?.infos().map(size).collect())
 }

@@ -1,6 +1,6 @@
 //! Plain `f32` weights in Hugging Face order, for the trainer.
 
-use crate::{Config, ModelError, arch, formats::Gguf, source::{Source, read}};
+use crate::{Config, ModelError, arch, file::GgufFile, formats::Gguf, source::Source};
 use ashlar_kernels::Pool;
 use std::path::Path;
 
@@ -41,16 +41,21 @@ impl Weights {
     /// # Errors
     /// As [`crate::Model::load`], and any architecture but plain llama.
     pub fn load(path: &Path) -> Result<Self, ModelError> {
-        Self::from_gguf(&Gguf::parse(&read(path)?)?)
+        let file = GgufFile::open(path)?;
+        let gguf = file.gguf()?;
+        Self::unpack(&gguf, &Source::from_file(&gguf, &file, &Pool::new(1))?)
     }
 
-    /// Unpacks a parsed file.
+    /// Unpacks a file that is in memory whole.
     ///
     /// # Errors
     /// As [`crate::Model::load`], but for reading.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self, ModelError> {
-        let (config, _) = arch::from_gguf(gguf)?;
-        let source = &Source::from_gguf(gguf, &Pool::new(1));
+        Self::unpack(gguf, &Source::from_gguf(gguf, &Pool::new(1))?)
+    }
+
+    fn unpack(gguf: &Gguf, source: &Source) -> Result<Self, ModelError> {
+        let (config, _) = arch::from_gguf(gguf, source)?;
         let c = &config;
         if !c.plain() {
             let architecture = config.architecture;

@@ -2,7 +2,7 @@
 //! sums, every token sees every other.
 
 use super::{Description, GGUF, GateUp, HF, Names, Qkv, activation, plain, share, sizes_gguf};
-use crate::{Activation, Config, ModelError, Order, formats::Gguf, keys::Keys};
+use crate::{Activation, Config, ModelError, Order, keys::Keys, source::Source};
 
 fn shared(mut c: Config) -> Config {
     c.order = Order::Sum;
@@ -44,8 +44,8 @@ pub(super) fn hf(k: &Keys) -> Result<Description, ModelError> {
     Ok((c, names))
 }
 
-pub(super) fn gguf(k: &Keys, gguf: &Gguf) -> Result<Description, ModelError> {
-    let mut c = shared(sizes_gguf(k, gguf)?);
+pub(super) fn gguf(k: &Keys, file: &Source) -> Result<Description, ModelError> {
+    let mut c = shared(sizes_gguf(k, file)?);
     c.eps = k.float("attention.layer_norm_epsilon")?;
     c.activation = Activation::Gelu;
     k.only("attention.causal", &false.into(), "false")?;

@@ -2,7 +2,7 @@
 //! them on the embeddings.
 
 use super::{Description, GGUF, GateUp, HF, Names, Qkv, plain, share, sizes_gguf};
-use crate::{Activation, Config, ModelError, formats::Gguf, keys::Keys};
+use crate::{Activation, Config, ModelError, keys::Keys, source::Source};
 
 /// The model has no length of its own; this is the longest it was trained on.
 const CONTEXT: usize = 2048;
@@ -48,8 +48,8 @@ pub(super) fn hf(k: &Keys) -> Result<Description, ModelError> {
     Ok((c, names))
 }
 
-pub(super) fn gguf(k: &Keys, gguf: &Gguf) -> Result<Description, ModelError> {
-    let mut c = shared(sizes_gguf(k, gguf)?);
+pub(super) fn gguf(k: &Keys, file: &Source) -> Result<Description, ModelError> {
+    let mut c = shared(sizes_gguf(k, file)?);
     c.eps = k.float("attention.layer_norm_epsilon")?;
     k.only("attention.max_alibi_bias", &8.0.into(), "8")?;
     Ok((c, Names { qkv: Qkv::Stacked("attn_qkv"), ..GGUF }))

@@ -3,7 +3,7 @@
 //! and keys and gives layers with a window rotary positions of their own.
 
 use super::{Description, GGUF, HF, Names, activation, base_gguf, base_hf, window_gguf, windows};
-use crate::{Activation, Config, ModelError, Order, QkNorm, formats::Gguf, keys::Keys, rope::{self, Rope}};
+use crate::{Activation, Config, ModelError, Order, QkNorm, source::Source, keys::Keys, rope::{self, Rope}};
 
 const NAMES: Names = Names {
     attn_post_norm: "post_attention_layernorm",
@@ -57,8 +57,8 @@ pub(super) fn hf3(k: &Keys) -> Result<Description, ModelError> {
     Ok((c, NAMES))
 }
 
-fn gguf(k: &Keys, gguf: &Gguf, local: impl Fn(usize) -> bool) -> Result<Config, ModelError> {
-    let mut c = shared(base_gguf(k, gguf)?);
+fn gguf(k: &Keys, file: &Source, local: impl Fn(usize) -> bool) -> Result<Config, ModelError> {
+    let mut c = shared(base_gguf(k, file)?);
     c.activation = Activation::GeluTanhGlu;
     let window = window_gguf(k)?;
     c.windows = (0..c.layers).map(|i| window.filter(|_| local(i))).collect();
@@ -71,11 +71,11 @@ fn gguf(k: &Keys, gguf: &Gguf, local: impl Fn(usize) -> bool) -> Result<Config, 
     Ok(c)
 }
 
-pub(super) fn gguf2(k: &Keys, file: &Gguf) -> Result<Description, ModelError> {
+pub(super) fn gguf2(k: &Keys, file: &Source) -> Result<Description, ModelError> {
     Ok((gguf(k, file, |i| i % 2 == 0)?, GGUF))
 }
 
-pub(super) fn gguf3(k: &Keys, file: &Gguf) -> Result<Description, ModelError> {
+pub(super) fn gguf3(k: &Keys, file: &Source) -> Result<Description, ModelError> {
     let pattern = k.maybe_size("attention.sliding_window_pattern")?.unwrap_or(6);
     let mut c = gguf(k, file, |i| (i + 1) % pattern != 0)?;
     c.qk_norm = Some(QkNorm::Head);

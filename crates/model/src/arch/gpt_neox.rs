@@ -2,7 +2,7 @@
 //! and feed-forward side by side, plain GELU.
 
 use super::{Description, GGUF, GateUp, HF, Names, Qkv, activation, base_hf, sizes_gguf};
-use crate::{Activation, Config, ModelError, Order, formats::Gguf, keys::Keys, rope};
+use crate::{Activation, Config, ModelError, Order, source::Source, keys::Keys, rope};
 
 fn shared(mut c: Config, parallel: bool) -> Config {
     c.layer_norm = true;
@@ -43,10 +43,10 @@ pub(super) fn hf(k: &Keys) -> Result<Description, ModelError> {
     Ok((c, names))
 }
 
-pub(super) fn gguf(k: &Keys, gguf: &Gguf) -> Result<Description, ModelError> {
-    let mut c = shared(sizes_gguf(k, gguf)?, k.flag("use_parallel_residual", true)?);
+pub(super) fn gguf(k: &Keys, file: &Source) -> Result<Description, ModelError> {
+    let mut c = shared(sizes_gguf(k, file)?, k.flag("use_parallel_residual", true)?);
     c.eps = k.float("attention.layer_norm_epsilon")?;
-    c.rope = Some(rope::from_gguf(k, gguf, c.head_dim, &mut c.context)?);
+    c.rope = Some(rope::from_gguf(k, file, c.head_dim, &mut c.context)?);
     c.activation = Activation::Gelu;
     Ok((c, Names { qkv: Qkv::Stacked("attn_qkv"), ..GGUF }))
 }

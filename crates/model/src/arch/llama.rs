@@ -2,7 +2,7 @@
 //! Mistral (windows) and Mixtral (experts), which GGUF calls llama as well.
 
 use super::{Description, ExpertNames, GGUF, HF, Names, activation, base_gguf, base_hf, experts_gguf, window_gguf, windows};
-use crate::{Config, Experts, ModelError, formats::Gguf, keys::Keys};
+use crate::{Config, Experts, ModelError, keys::Keys, source::Source};
 
 fn shared(k: &Keys) -> Result<Config, ModelError> {
     let mut c = base_hf(k, "full_attention")?;
@@ -42,14 +42,14 @@ pub(super) fn mixtral(k: &Keys) -> Result<Description, ModelError> {
 }
 
 /// Rows of queries and keys lie pair by pair. Biases are not in the metadata.
-pub(super) fn gguf(k: &Keys, gguf: &Gguf) -> Result<Description, ModelError> {
-    let mut c = base_gguf(k, gguf)?;
+pub(super) fn gguf(k: &Keys, file: &Source) -> Result<Description, ModelError> {
+    let mut c = base_gguf(k, file)?;
     if let Some(rope) = &mut c.rope {
         rope.interleaved = true;
     }
     c.windows = vec![window_gguf(k)?; c.layers];
     c.experts = experts_gguf(k)?;
-    let has = |name: &str| gguf.tensor(name).is_some();
+    let has = |name: &str| file.has(name);
     c.qkv_bias = has("blk.0.attn_q.bias");
     c.o_bias = has("blk.0.attn_output.bias");
     c.ffn_bias = has("blk.0.ffn_up.bias");

@@ -17,6 +17,7 @@ use crate::{
     formats::{Gguf, Value},
     keys::Keys,
     rope,
+    source::Source,
 };
 
 /// Tensor names. `{}` stands for the layer, then the expert; an empty name is a
@@ -156,26 +157,27 @@ pub(crate) fn from_hf(json: &[u8]) -> Result<Description, ModelError> {
 }
 
 /// Reads GGUF metadata.
-pub(crate) fn from_gguf(gguf: &Gguf) -> Result<Description, ModelError> {
+pub(crate) fn from_gguf(gguf: &Gguf, source: &Source) -> Result<Description, ModelError> {
     let text = |key: &str| gguf.meta(key).and_then(Value::as_str).map(str::to_owned);
     let key = "general.architecture";
     let architecture = text(key).ok_or_else(|| ModelError::Metadata { key: key.into() })?;
     let keys = &Keys::from_gguf(gguf, &architecture);
     let (mut config, names) = match architecture.as_str() {
-        "llama" => llama::gguf(keys, gguf),
-        "qwen2" => qwen::gguf2(keys, gguf),
-        "qwen3" => qwen::gguf3(keys, gguf),
-        "qwen3moe" => qwen::gguf3_moe(keys, gguf),
-        "gemma2" => gemma::gguf2(keys, gguf),
-        "gemma3" => gemma::gguf3(keys, gguf),
-        "phi3" => phi3::gguf(keys, gguf),
-        "olmo2" => olmo2::gguf(keys, gguf),
-        "gptneox" => gpt_neox::gguf(keys, gguf),
-        "bloom" => bloom::gguf(keys, gguf),
-        "bert" => bert::gguf(keys, gguf),
+        "llama" => llama::gguf(keys, source),
+        "qwen2" => qwen::gguf2(keys, source),
+        "qwen3" => qwen::gguf3(keys, source),
+        "qwen3moe" => qwen::gguf3_moe(keys, source),
+        "gemma2" => gemma::gguf2(keys, source),
+        "gemma3" => gemma::gguf3(keys, source),
+        "phi3" => phi3::gguf(keys, source),
+        "olmo2" => olmo2::gguf(keys, source),
+        "gptneox" => gpt_neox::gguf(keys, source),
+        "bloom" => bloom::gguf(keys, source),
+        "bert" => bert::gguf(keys, source),
         other => Err(ModelError::Architecture(other.into())),
     }?;
     config.name = text("general.name");
+    config.architecture = architecture;
     keys.finish()?;
     config.check()?;
     Ok((config, names))
@@ -205,15 +207,15 @@ fn base_hf(k: &Keys, kind: &str) -> Result<Config, ModelError> {
 }
 
 /// The same of GGUF.
-fn base_gguf(k: &Keys, gguf: &Gguf) -> Result<Config, ModelError> {
-    let mut config = sizes_gguf(k, gguf)?;
+fn base_gguf(k: &Keys, file: &Source) -> Result<Config, ModelError> {
+    let mut config = sizes_gguf(k, file)?;
     config.eps = k.float("attention.layer_norm_rms_epsilon")?;
-    config.rope = Some(rope::from_gguf(k, gguf, config.head_dim, &mut config.context)?);
+    config.rope = Some(rope::from_gguf(k, file, config.head_dim, &mut config.context)?);
     Ok(config)
 }
 
 /// GGUF's dimensions alone.
-fn sizes_gguf(k: &Keys, gguf: &Gguf) -> Result<Config, ModelError> {
+fn sizes_gguf(k: &Keys, file: &Source) -> Result<Config, ModelError> {
     let (hidden, heads) = (k.size("embedding_length")?, k.size("attention.head_count")?);
     let head_dim = match k.maybe_size("attention.key_length")? {
         Some(dim) => dim,
@@ -221,18 +223,17 @@ fn sizes_gguf(k: &Keys, gguf: &Gguf) -> Result<Config, ModelError> {
     };
     k.only("attention.value_length", &head_dim.into(), "the key length")?;
     let name = "token_embd.weight";
-    let embedding = gguf.tensor(name).ok_or_else(|| ModelError::Missing(name.into()))?;
+    let embedding = file.find(name).ok_or_else(|| ModelError::Missing(name.into()))?;
     let layers = k.layers("block_count")?;
     let vocab = embedding.shape.first().copied().unwrap_or(0);
     if !(1..=1 << 20).contains(&vocab) {
         return Err(k.must("vocabulary", vocab, "within 1..=1048576"));
     }
     Ok(Config {
-        architecture: gguf.meta("general.architecture").and_then(Value::as_str).unwrap_or_default().into(),
         ffn: k.size("feed_forward_length")?,
         kv_heads: k.maybe_size("attention.head_count_kv")?.unwrap_or(heads),
         vocab,
-        tied: gguf.tensor("output.weight").is_none(),
+        tied: !file.has("output.weight"),
         ..plain(hidden, layers, heads, head_dim, k.size("context_length")?)
     })
 }

@@ -2,7 +2,7 @@
 //! their whole width.
 
 use super::{Description, GGUF, HF, Names, activation, base_gguf, base_hf};
-use crate::{Config, ModelError, Order, QkNorm, formats::Gguf, keys::Keys};
+use crate::{Config, ModelError, Order, QkNorm, keys::Keys, source::Source};
 
 fn shared(mut c: Config) -> Config {
     c.order = Order::Post;
@@ -23,6 +23,6 @@ pub(super) fn hf(k: &Keys) -> Result<Description, ModelError> {
     Ok((c, names))
 }
 
-pub(super) fn gguf(k: &Keys, gguf: &Gguf) -> Result<Description, ModelError> {
-    Ok((shared(base_gguf(k, gguf)?), GGUF))
+pub(super) fn gguf(k: &Keys, file: &Source) -> Result<Description, ModelError> {
+    Ok((shared(base_gguf(k, file)?), GGUF))
 }

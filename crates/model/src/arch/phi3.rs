@@ -1,7 +1,7 @@
 //! Phi-3, 3.5 and 4: fused projections, windows, stretched rotary positions.
 
 use super::{Description, GGUF, GateUp, HF, Names, Qkv, activation, base_gguf, base_hf, window_gguf, windows};
-use crate::{ModelError, formats::Gguf, keys::Keys};
+use crate::{ModelError, keys::Keys, source::Source};
 
 pub(super) fn hf(k: &Keys) -> Result<Description, ModelError> {
     let mut c = base_hf(k, "full_attention")?;
@@ -23,8 +23,8 @@ pub(super) fn hf(k: &Keys) -> Result<Description, ModelError> {
     Ok((c, names))
 }
 
-pub(super) fn gguf(k: &Keys, gguf: &Gguf) -> Result<Description, ModelError> {
-    let mut c = base_gguf(k, gguf)?;
+pub(super) fn gguf(k: &Keys, file: &Source) -> Result<Description, ModelError> {
+    let mut c = base_gguf(k, file)?;
     c.windows = vec![window_gguf(k)?; c.layers];
     let names = Names { qkv: Qkv::Stacked("attn_qkv"), gate_up: GateUp::Stacked("ffn_up"), ..GGUF };
     Ok((c, names))

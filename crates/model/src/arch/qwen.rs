@@ -2,7 +2,7 @@
 //! mixture of experts.
 
 use super::{Description, GGUF, HF, activation, base_gguf, base_hf, experts_gguf, windows};
-use crate::{Config, Experts, ModelError, QkNorm, formats::Gguf, keys::Keys};
+use crate::{Config, Experts, ModelError, QkNorm, keys::Keys, source::Source};
 
 fn shared(k: &Keys) -> Result<Config, ModelError> {
     let mut c = base_hf(k, "full_attention")?;
@@ -46,20 +46,20 @@ pub(super) fn hf3_moe(k: &Keys) -> Result<Description, ModelError> {
     Ok((c, names))
 }
 
-pub(super) fn gguf2(k: &Keys, gguf: &Gguf) -> Result<Description, ModelError> {
-    let mut c = base_gguf(k, gguf)?;
+pub(super) fn gguf2(k: &Keys, file: &Source) -> Result<Description, ModelError> {
+    let mut c = base_gguf(k, file)?;
     c.qkv_bias = true;
     Ok((c, GGUF))
 }
 
-pub(super) fn gguf3(k: &Keys, gguf: &Gguf) -> Result<Description, ModelError> {
-    let mut c = base_gguf(k, gguf)?;
+pub(super) fn gguf3(k: &Keys, file: &Source) -> Result<Description, ModelError> {
+    let mut c = base_gguf(k, file)?;
     c.qk_norm = Some(QkNorm::Head);
     Ok((c, GGUF))
 }
 
-pub(super) fn gguf3_moe(k: &Keys, gguf: &Gguf) -> Result<Description, ModelError> {
-    let (mut c, names) = gguf3(k, gguf)?;
+pub(super) fn gguf3_moe(k: &Keys, file: &Source) -> Result<Description, ModelError> {
+    let (mut c, names) = gguf3(k, file)?;
     c.experts = experts_gguf(k)?;
     c.ffn = k.size("expert_feed_forward_length")?;
     Ok((c, names))
