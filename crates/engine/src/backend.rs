@@ -142,27 +142,25 @@ impl LocalBackend {
     pub fn open(name: &str, path: &Path, config: EngineConfig) -> Result<Self, EngineError> {
         check(&config)?;
         let pool = Pool::new(config.threads.unwrap_or(0));
-        let memory = available(&config);
-        let file = tensor_sizes(path)?.iter().map(|t| t.bytes).sum();
-        if let Some(available) = memory.bytes.filter(|&b| b < file) {
-            return Err(EngineError::FileMemory {
-                file,
-                available,
-                source_of: memory.source,
-            });
-        }
+        let fits = |file: u64| {
+            let memory = available(&config);
+            match memory.bytes.filter(|&available| available < file) {
+                None => Ok(()),
+                Some(available) => Err(EngineError::FileMemory { file, available, source_of: memory.source }),
+            }
+        };
         if path.is_dir() {
+            fits(tensor_sizes(path)?.iter().map(|t| t.bytes).sum())?;
             let (tokenizer, template) = folder(path)?;
             let model = Arc::new(Model::load_with(path, pool)?);
             return Self::new(name, model, tokenizer, template, config);
         }
-        let file = GgufFile::open(path)?;
-        let gguf = file.gguf()?;
-        let (tokenizer, template) = vocab(&gguf)?;
-        let model = Arc::new(Model::from_file(&file, &gguf, pool)?);
-        drop(gguf);
-        drop(file);
-        Self::new(name, model, tokenizer, template, config)
+        let (tokenizer, template, model) = GgufFile::read(path, |file, gguf| {
+            fits(file.bytes())?;
+            let (tokenizer, template) = vocab(gguf)?;
+            Ok::<_, EngineError>((tokenizer, template, Model::from_file(file, gguf, pool)?))
+        })??;
+        Self::new(name, Arc::new(model), tokenizer, template, config)
     }
 
     pub(crate) fn start(

@@ -5,7 +5,7 @@ use crate::{
     plan::{MemoryPlan, size},
 };
 use ashlar_core::{Fault, Hint};
-use ashlar_model::{ModelError, formats::FormatError};
+use ashlar_model::ModelError;
 use ashlar_text::TextError;
 use std::path::PathBuf;
 
@@ -20,9 +20,6 @@ pub enum EngineError {
         /// The system's words.
         source: std::io::Error,
     },
-    /// The file is not a GGUF file.
-    #[error(transparent)]
-    Format(#[from] FormatError),
     /// The weights cannot be used.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -94,7 +91,6 @@ impl Hint for EngineError {
             Self::Io { .. } | Self::Thread(_) | Self::Memory { .. } | Self::FileMemory { .. } => {
                 Fault::Environment
             }
-            Self::Format(e) => e.fault(),
             Self::Model(e) => e.fault(),
             Self::Text(e) => e.fault(),
             _ => Fault::Input,
@@ -103,7 +99,6 @@ impl Hint for EngineError {
 
     fn hint(&self) -> Option<String> {
         match self {
-            Self::Format(e) => e.hint(),
             Self::Model(e) => e.hint(),
             Self::Text(e) => e.hint(),
             Self::Metadata { .. } => {

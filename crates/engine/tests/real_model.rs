@@ -5,7 +5,7 @@ use ashlar_api::{
     Backend, ChatMessage, ChatRequest, CompletionRequest, Event, EventStream, Finish, Prompt,
 };
 use ashlar_engine::{EngineConfig, EngineError, LocalBackend, MemoryPlan, vocab};
-use ashlar_model::{Model, Pool, formats::Gguf};
+use ashlar_model::{Model, ModelError, Pool, formats::Gguf};
 use futures::{StreamExt, executor::block_on, future::join_all};
 use proptest::{
     prelude::*,
@@ -354,7 +354,7 @@ fn a_file_cut_short_under_a_server_changes_nothing() {
     let e = LocalBackend::open("m", &copy, EngineConfig::default())
         .err()
         .unwrap();
-    assert!(matches!(e, EngineError::Format(_)), "{e}");
+    assert!(matches!(e, EngineError::Model(ModelError::Format(_))), "{e}");
 }
 
 #[test]

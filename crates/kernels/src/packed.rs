@@ -25,6 +25,7 @@ use ashlar_core::DType;
 use half::{bf16, f16};
 use std::{
     alloc::Layout,
+    cell::RefCell,
     ptr::NonNull,
     sync::{Mutex, PoisonError},
 };
@@ -37,6 +38,11 @@ pub(crate) const BLOCK: usize = 32;
 pub(crate) const SCRATCH: usize = if cfg!(test) { 2 << 10 } else { 256 << 10 };
 /// Blocks that share the factors of a K kind.
 pub(crate) const SUPER: usize = 8;
+
+thread_local! {
+    /// What this thread has read and not packed yet.
+    static READ: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 /// How wide codes are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -196,11 +202,15 @@ impl Kind {
 }
 
 /// Bytes that begin at a cache line. Zeroed memory comes from the system page by
-/// page as it is first touched.
+/// page as it is first touched: the allocator is asked for no alignment beyond its
+/// own, since for more it writes the zeros itself.
 pub(crate) struct Bytes {
-    at: NonNull<u8>,
+    /// What the allocator gave, `LINE` bytes more than `len`.
+    base: NonNull<u8>,
     len: usize,
 }
+
+const LINE: usize = 64;
 
 // SAFETY: it owns its memory, as a boxed slice does.
 unsafe impl Send for Bytes {}
@@ -211,21 +221,28 @@ impl Bytes {
     pub(crate) fn zeroed(len: usize) -> Self {
         let layout = Self::layout(len);
         // SAFETY: the layout is not empty.
-        let at = unsafe { std::alloc::alloc_zeroed(layout) };
-        let at = NonNull::new(at).unwrap_or_else(|| std::alloc::handle_alloc_error(layout));
-        Self { at, len }
+        let base = unsafe { std::alloc::alloc_zeroed(layout) };
+        let base = NonNull::new(base).unwrap_or_else(|| std::alloc::handle_alloc_error(layout));
+        Self { base, len }
     }
 
     fn layout(len: usize) -> Layout {
         // A length that no machine has: as for a vector, there is no going on.
-        Layout::from_size_align(len.max(64), 64).unwrap_or_else(|_| panic!("{len} bytes"))
+        let whole = len.checked_add(LINE).and_then(|len| Layout::from_size_align(len, 16).ok());
+        whole.unwrap_or_else(|| panic!("{len} bytes"))
+    }
+
+    /// The first byte at a cache line.
+    fn at(&self) -> *mut u8 {
+        let base = self.base.as_ptr();
+        base.wrapping_add(base.addr().next_multiple_of(LINE) - base.addr())
     }
 }
 
 impl Drop for Bytes {
     fn drop(&mut self) {
         // SAFETY: allocated with this layout.
-        unsafe { std::alloc::dealloc(self.at.as_ptr(), Self::layout(self.len)) };
+        unsafe { std::alloc::dealloc(self.base.as_ptr(), Self::layout(self.len)) };
     }
 }
 
@@ -233,15 +250,15 @@ impl std::ops::Deref for Bytes {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: `len` bytes are ours and initialized.
-        unsafe { std::slice::from_raw_parts(self.at.as_ptr(), self.len) }
+        // SAFETY: `len` bytes from the line on are ours and initialized.
+        unsafe { std::slice::from_raw_parts(self.at(), self.len) }
     }
 }
 
 impl std::ops::DerefMut for Bytes {
     fn deref_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above, and borrowed mutably.
-        unsafe { std::slice::from_raw_parts_mut(self.at.as_ptr(), self.len) }
+        unsafe { std::slice::from_raw_parts_mut(self.at(), self.len) }
     }
 }
 
@@ -316,14 +333,16 @@ impl PackedMatrix {
         pool.chunks_mut(&mut data, groups * size, |task, dst| {
             let first = task * groups * GROUP;
             let rows = (groups * GROUP).min(n - first);
-            let mut src = vec![0; rows * row];
-            if let Err(e) = read(first, &mut src) {
-                *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(e);
-                return;
-            }
-            for (src, dst) in src.chunks((GROUP * row).max(1)).zip(dst.chunks_exact_mut(size.max(1))) {
-                pack_group(dtype, kind, k, src, dst);
-            }
+            READ.with_borrow_mut(|src| {
+                src.resize(rows * row, 0);
+                if let Err(e) = read(first, src) {
+                    *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(e);
+                    return;
+                }
+                for (src, dst) in src.chunks((GROUP * row).max(1)).zip(dst.chunks_exact_mut(size.max(1))) {
+                    pack_group(dtype, kind, k, src, dst);
+                }
+            });
         });
         match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
             Some(e) => Err(e),
@@ -533,9 +552,10 @@ fn pack_row(dtype: DType, kind: Kind, k: usize, src: &[u8], col: usize, dst: &mu
             let span = if f.is_super() { SUPER } else { 1 };
             let heads = heads.chunks_exact_mut(f.head_bytes());
             let codes = codes.chunks_exact_mut(span * f.code_bytes());
+            let mut parts = [0; BLOCK * SUPER];
             for ((s, head), codes) in src.chunks_exact(dtype.block_bytes()).zip(heads).zip(codes) {
                 pack_head(dtype, f, s, col, head);
-                let parts = quants::codes(dtype, s);
+                quants::codes(dtype, s, &mut parts);
                 for (part, codes) in parts.chunks_exact(BLOCK).zip(codes.chunks_exact_mut(f.code_bytes())) {
                     pack_codes(f, part, col, codes);
                 }
@@ -595,5 +615,25 @@ fn pack_codes(f: Format, codes: &[u8], col: usize, dst: &mut [u8]) {
                 dst[256 + p * 64 + step * 8 + col / 2] |= (four as u8) << (col % 2 * 4);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A cache fitted to all free memory once took seconds to write its zeros.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn zeroed_memory_is_not_touched() {
+        let resident = || {
+            let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+            pages.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 4096
+        };
+        let before = resident();
+        let mut bytes = Bytes::zeroed(1 << 30);
+        bytes[1 << 29] = 1;
+        assert!(resident() < before + (256 << 20), "{} bytes", resident() - before);
+        assert_eq!((bytes.as_ptr().addr() % LINE, bytes[0], bytes[(1 << 30) - 1]), (0, 0, 0));
     }
 }

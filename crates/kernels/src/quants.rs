@@ -182,18 +182,17 @@ pub(crate) fn scales(dtype: DType, s: &[u8]) -> Scales {
     out
 }
 
-/// A quantized block's codes as unsigned numbers, in order. The first 32, or
-/// for K types 256, count.
-pub(crate) fn codes(dtype: DType, s: &[u8]) -> [u8; 256] {
-    let mut out = [0; 256];
+/// Writes a quantized block's codes as unsigned numbers, in order: the first 32,
+/// or for K types 256.
+pub(crate) fn codes(dtype: DType, s: &[u8], out: &mut [u8; 256]) {
     let nibbles = |out: &mut [u8], s: &[u8]| {
         for i in 0..16 {
             (out[i], out[i + 16]) = (s[i] & 15, s[i] >> 4);
         }
     };
     match dtype {
-        DType::Q4_0 | DType::IQ4_NL => nibbles(&mut out, &s[2..]),
-        DType::Q4_1 => nibbles(&mut out, &s[4..]),
+        DType::Q4_0 | DType::IQ4_NL => nibbles(out, &s[2..]),
+        DType::Q4_1 => nibbles(out, &s[4..]),
         DType::Q5_0 => out[..32].copy_from_slice(&fives(&s[2..])),
         DType::Q5_1 => out[..32].copy_from_slice(&fives(&s[4..])),
         DType::Q8_0 => {
@@ -220,7 +219,6 @@ pub(crate) fn codes(dtype: DType, s: &[u8]) -> [u8; 256] {
             }
         }
     }
-    out
 }
 
 /// The 5-bit codes of a Q5 block: 4 bytes of high bits, 16 bytes of low ones.

@@ -74,9 +74,7 @@ impl Encoder {
             let names = ["embeddings.position_embeddings", "embeddings.token_type_embeddings"];
             return Self::build(&source, description, names, pooling, pool);
         }
-        let file = GgufFile::open(path)?;
-        let gguf = file.gguf()?;
-        Self::packed(&gguf, &Source::from_file(&gguf, &file, &pool)?, pool)
+        GgufFile::read(path, |file, gguf| Self::packed(gguf, &Source::from_file(gguf, file, &pool)?, pool))?
     }
 
     /// Packs a file that is in memory whole.

@@ -17,7 +17,7 @@ use std::{
 };
 
 /// Bytes of a GGUF file tried first as its header; vocabularies take most of it.
-const HEAD: u64 = 1 << 20;
+const HEAD: u64 = 4 << 20;
 
 /// An open file.
 pub(crate) struct Opened {
@@ -64,10 +64,9 @@ impl Opened {
     }
 }
 
-/// A GGUF file of which the header is in memory.
+/// An open GGUF file, its values unread.
 pub struct GgufFile {
     pub(crate) file: Opened,
-    head: Vec<u8>,
 }
 
 impl std::fmt::Debug for GgufFile {
@@ -77,11 +76,12 @@ impl std::fmt::Debug for GgufFile {
 }
 
 impl GgufFile {
-    /// Reads the header of the file at `path`.
+    /// Opens the file at `path` and hands over its header, whose tensors' values
+    /// are in the file alone.
     ///
     /// # Errors
     /// A file that cannot be read, or is not well-formed GGUF.
-    pub fn open(path: &Path) -> Result<Self, ModelError> {
+    pub fn read<T>(path: &Path, then: impl FnOnce(&Self, &Gguf) -> T) -> Result<T, ModelError> {
         let file = Opened::open(path)?;
         let (mut head, mut want) = (Vec::new(), HEAD);
         loop {
@@ -89,16 +89,13 @@ impl GgufFile {
             match Gguf::head(&head, file.len) {
                 Err(FormatError::Truncated { .. }) if (head.len() as u64) < file.len => want = want.saturating_mul(4),
                 Err(e) => return Err(e.into()),
-                Ok(_) => return Ok(Self { file, head }),
+                Ok(gguf) => return Ok(then(&Self { file }, &gguf)),
             }
         }
     }
 
-    /// The header; its tensors' values are in the file alone.
-    ///
-    /// # Errors
-    /// None, for [`GgufFile::open`] has read it before.
-    pub fn gguf(&self) -> Result<Gguf<'_>, ModelError> {
-        Ok(Gguf::head(&self.head, self.file.len)?)
+    /// Bytes of the file.
+    pub fn bytes(&self) -> u64 {
+        self.file.len
     }
 }

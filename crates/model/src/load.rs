@@ -101,8 +101,7 @@ impl Model {
             let source = Source::from_shards(&shards, description.1.prefix, &pool)?;
             return Self::build(&source, description, pool);
         }
-        let file = GgufFile::open(path)?;
-        Self::from_file(&file, &file.gguf()?, pool)
+        GgufFile::read(path, |file, gguf| Self::from_file(file, gguf, pool))?
     }
 
     /// Packs a file that is in memory whole.

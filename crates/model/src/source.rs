@@ -351,5 +351,5 @@ pub fn tensor_sizes(path: &Path) -> Result<Vec<TensorSize>, ModelError> {
         let folder = Folder::open(path)?;
         return Ok(folder.shards()?.iter().flat_map(|(_, shard)| shard.infos()).map(size).collect());
     }
-    Ok(GgufFile::open(path)?.gguf()?.infos().map(size).collect())
+    GgufFile::read(path, |_, gguf| gguf.infos().map(size).collect())
 }

@@ -41,9 +41,7 @@ impl Weights {
     /// # Errors
     /// As [`crate::Model::load`], and any architecture but plain llama.
     pub fn load(path: &Path) -> Result<Self, ModelError> {
-        let file = GgufFile::open(path)?;
-        let gguf = file.gguf()?;
-        Self::unpack(&gguf, &Source::from_file(&gguf, &file, &Pool::new(1))?)
+        GgufFile::read(path, |file, gguf| Self::unpack(gguf, &Source::from_file(gguf, file, &Pool::new(1))?))?
     }
 
     /// Unpacks a file that is in memory whole.
