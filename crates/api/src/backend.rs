@@ -212,6 +212,35 @@ pub struct BackendStats {
     pub unhealthy: Option<String>,
 }
 
+impl BackendStats {
+    /// Adds another backend's figures; the first reason for ill health stays.
+    pub fn add(&mut self, other: Self) {
+        self.running += other.running;
+        self.waiting += other.waiting;
+        self.blocks_used += other.blocks_used;
+        self.blocks_cached += other.blocks_cached;
+        self.blocks_total += other.blocks_total;
+        self.prompt_tokens += other.prompt_tokens;
+        self.cached_tokens += other.cached_tokens;
+        self.generated_tokens += other.generated_tokens;
+        self.prefix_queries += other.prefix_queries;
+        self.prefix_hits += other.prefix_hits;
+        self.preemptions += other.preemptions;
+        self.finished += other.finished;
+        self.cancelled += other.cancelled;
+        self.failed += other.failed;
+        self.prefix_waits += other.prefix_waits;
+        self.steps += other.steps;
+        self.panics += other.panics;
+        for (count, n) in self.iteration_tokens.counts.iter_mut().zip(other.iteration_tokens.counts) {
+            *count += n;
+        }
+        self.iteration_tokens.sum += other.iteration_tokens.sum;
+        self.queued_bytes += other.queued_bytes;
+        self.unhealthy = self.unhealthy.take().or(other.unhealthy);
+    }
+}
+
 /// Something that generates text.
 #[async_trait::async_trait]
 pub trait Backend: Send + Sync {

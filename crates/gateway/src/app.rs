@@ -4,7 +4,7 @@ use crate::{
     metrics::{Gauges, Metrics},
     recorder::{Ledger, LiveTable},
 };
-use ashlar_api::{ApiError, Backend, ModelInfo, Usage};
+use ashlar_api::{ApiError, Backend, BackendStats, ModelInfo, Usage};
 use ashlar_store::{ResponseRow, Store};
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use tokio::sync::watch;
@@ -185,16 +185,8 @@ impl App {
 
     /// The backends' figures, added up.
     pub(crate) fn gauges(&self) -> Gauges {
-        let mut sum = Gauges {
-            in_flight: self.live.len() as u64,
-            ..Gauges::default()
-        };
-        for stats in self.state.backends.iter().map(|b| b.stats()) {
-            sum.running += u64::from(stats.running);
-            sum.waiting += u64::from(stats.waiting);
-            sum.blocks_used += u64::from(stats.blocks_used);
-            sum.blocks_total += u64::from(stats.blocks_total);
-        }
-        sum
+        let mut engine = BackendStats::default();
+        self.state.backends.iter().for_each(|b| engine.add(b.stats()));
+        Gauges { in_flight: self.live.len() as u64, engine }
     }
 }

@@ -132,10 +132,10 @@ async fn live(State(app): Shared) -> Json<Value> {
     let g = app.gauges();
     let mut body = app.metrics.histograms();
     body["now_ms"] = json!(ashlar_core::clock::now_ms());
-    body["running"] = json!(g.running);
-    body["waiting"] = json!(g.waiting);
-    body["blocks_used"] = json!(g.blocks_used);
-    body["blocks_total"] = json!(g.blocks_total);
+    body["running"] = json!(g.engine.running);
+    body["waiting"] = json!(g.engine.waiting);
+    body["blocks_used"] = json!(g.engine.blocks_used);
+    body["blocks_total"] = json!(g.engine.blocks_total);
     body["requests"] = app.live.to_json();
     Json(body)
 }

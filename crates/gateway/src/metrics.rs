@@ -10,6 +10,7 @@
 //! Rejected: a metrics crate with a global registry. Two servers in one
 //! process, as in the tests, would then share their counts.
 
+use ashlar_api::{BackendStats, IterationTokens};
 use std::{
     collections::BTreeMap,
     fmt::Write as _,
@@ -93,14 +94,12 @@ pub(crate) struct Sample<'a> {
     pub(crate) cost: f64,
 }
 
-/// Figures read at the moment of a scrape, summed over the backends.
-#[derive(Debug, Clone, Copy, Default)]
+/// Figures read at the moment of a scrape.
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Gauges {
-    pub(crate) running: u64,
-    pub(crate) waiting: u64,
-    pub(crate) blocks_used: u64,
-    pub(crate) blocks_total: u64,
     pub(crate) in_flight: u64,
+    /// Summed over the backends.
+    pub(crate) engine: BackendStats,
 }
 
 /// All series of one server.
@@ -233,68 +232,63 @@ impl Metrics {
                 p.head(name, "counter", help);
                 p.line(name, &[], v);
             }
-            let usage = if gauges.blocks_total == 0 {
-                0.0
-            } else {
-                gauges.blocks_used as f64 / gauges.blocks_total as f64
-            };
-            for (name, help, v) in [
-                (
-                    "num_requests_running",
-                    "Sequences being computed.",
-                    gauges.running as f64,
-                ),
-                (
-                    "num_requests_waiting",
-                    "Sequences waiting for a place.",
-                    gauges.waiting as f64,
-                ),
-                (
-                    "num_responses_in_flight",
-                    "Responses admitted and not yet settled.",
-                    gauges.in_flight as f64,
-                ),
-                (
-                    "kv_cache_blocks_used",
-                    "KV blocks in use.",
-                    gauges.blocks_used as f64,
-                ),
-                (
-                    "kv_cache_blocks_total",
-                    "KV blocks in all.",
-                    gauges.blocks_total as f64,
-                ),
-                (
-                    "kv_cache_usage_perc",
-                    "Share of KV blocks in use, 0 to 1.",
-                    usage,
-                ),
-            ] {
-                p.head(name, "gauge", help);
-                p.line(name, &[], v);
-            }
-            p.histogram(
+            gauges.write(&mut p);
+            p.seconds(
                 "time_to_first_token_seconds",
                 "From the request's arrival to its first token.",
                 &s.ttft,
             );
-            p.histogram(
+            p.seconds(
                 "inter_token_latency_seconds",
                 "Between two tokens of one response.",
                 &s.itl,
             );
-            p.histogram(
+            p.seconds(
                 "e2e_request_latency_seconds",
                 "From the request's arrival to its settlement.",
                 &s.e2e,
             );
-            p.histogram(
+            p.seconds(
                 "request_queue_time_seconds",
                 "Waiting in the backend.",
                 &s.queue,
             );
             p.0
         })
+    }
+}
+
+impl Gauges {
+    fn write(&self, p: &mut Page) {
+        let e = &self.engine;
+        let used = f64::from(e.blocks_used) / f64::from(e.blocks_total.max(1));
+        for (name, help, v) in [
+            ("num_requests_running", "Sequences being computed.", f64::from(e.running)),
+            ("num_requests_waiting", "Sequences waiting for a place.", f64::from(e.waiting)),
+            ("num_responses_in_flight", "Responses admitted and not yet settled.", self.in_flight as f64),
+            ("kv_cache_blocks_used", "KV blocks in use.", f64::from(e.blocks_used)),
+            ("kv_cache_blocks_cached", "KV blocks free that hold a reusable prefix.", f64::from(e.blocks_cached)),
+            ("kv_cache_blocks_total", "KV blocks in all.", f64::from(e.blocks_total)),
+            ("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", used),
+            ("queued_bytes", "Bytes of requests that have not started.", e.queued_bytes as f64),
+        ] {
+            p.head(name, "gauge", help);
+            p.line(name, &[], v);
+        }
+        for (name, help, n) in [
+            ("num_preemptions_total", "Sequences that gave up their blocks and were recomputed.", e.preemptions),
+            ("prefix_waits_total", "Sequences that waited for another to compute their prefix.", e.prefix_waits),
+            ("engine_steps_total", "Forward passes.", e.steps),
+            ("engine_panics_total", "Forward passes that panicked.", e.panics),
+            ("engine_failed_total", "Sequences that ended by an error of the engine.", e.failed),
+            ("engine_cancelled_total", "Sequences whose client went away.", e.cancelled),
+        ] {
+            p.head(name, "counter", help);
+            p.line(name, &[], n as f64);
+        }
+        let tokens = &e.iteration_tokens;
+        let bounds = IterationTokens::BOUNDS.map(|b| b as f64);
+        p.histogram("iteration_tokens_total", "Tokens of a forward pass.", &bounds, &tokens.counts, tokens.sum as f64);
     }
 }
 
@@ -322,17 +316,22 @@ impl Page {
         let _ = writeln!(self.0, "{end} {value}");
     }
 
-    fn histogram(&mut self, name: &str, help: &str, h: &Histogram) {
+    fn seconds(&mut self, name: &str, help: &str, h: &Histogram) {
+        self.histogram(name, help, h.bounds, &h.counts, h.sum);
+    }
+
+    /// `counts` has one more than `bounds`: values above every bound.
+    fn histogram(&mut self, name: &str, help: &str, bounds: &[f64], counts: &[u64], sum: f64) {
         self.head(name, "histogram", help);
         let bucket = format!("{name}_bucket");
         let mut seen = 0;
-        for (bound, count) in h.bounds.iter().zip(&h.counts) {
+        for (bound, count) in bounds.iter().zip(counts) {
             seen += count;
             self.line(&bucket, &[("le", &bound.to_string())], seen as f64);
         }
-        let total: u64 = h.counts.iter().sum();
+        let total: u64 = counts.iter().sum();
         self.line(&bucket, &[("le", "+Inf")], total as f64);
-        self.line(&format!("{name}_sum"), &[], h.sum);
+        self.line(&format!("{name}_sum"), &[], sum);
         self.line(&format!("{name}_count"), &[], total as f64);
     }
 }
@@ -355,6 +354,26 @@ mod tests {
             "ashlar_inter_token_latency_seconds_bucket{le=\"80\"} 2",
             "ashlar_inter_token_latency_seconds_bucket{le=\"+Inf\"} 3",
             "ashlar_inter_token_latency_seconds_count 3",
+        ] {
+            assert!(page.lines().any(|l| l == line), "{line} not in\n{page}");
+        }
+    }
+
+    #[test]
+    fn what_backends_count_is_summed() {
+        let mut engine = BackendStats { blocks_total: 8, panics: 1, queued_bytes: 5, ..BackendStats::default() };
+        engine.iteration_tokens.observe(9);
+        let mut sum = engine.clone();
+        sum.add(BackendStats { blocks_used: 4, ..engine });
+        let page = Metrics::new().render(Gauges { in_flight: 3, engine: sum });
+        for line in [
+            "ashlar_num_responses_in_flight 3",
+            "ashlar_kv_cache_usage_perc 0.25",
+            "ashlar_engine_panics_total 2",
+            "ashlar_queued_bytes 10",
+            "ashlar_iteration_tokens_total_bucket{le=\"8\"} 0",
+            "ashlar_iteration_tokens_total_bucket{le=\"16\"} 2",
+            "ashlar_iteration_tokens_total_sum 18",
         ] {
             assert!(page.lines().any(|l| l == line), "{line} not in\n{page}");
         }
