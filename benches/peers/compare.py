@@ -40,11 +40,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("ASHLAR_CACHE") or Path.home() / ".cache/ashlar")
 PEER = CACHE / "peers/llama.cpp"
-BIN = PEER / "build/bin"
 TOOLS = ["llama-bench", "llama-batched-bench", "llama-quantize", "llama-server"]
 MODELS = CACHE / "models"
 STEM = "SmolLM2-135M-Instruct"
 TYPES = ["F16", "Q4_0", "Q4_K_M", "Q5_0", "Q6_K", "Q8_0"]
+# The other model, as its package has it.
+GEMMA = "gemma-3-270m-q4_k_m"
+# Instruction sets both engines can be held to: ours by ASHLAR_ISA, llama.cpp by a
+# build of its own.
+TIERS = {"native": None, "vnni": ["AVX", "AVX2", "FMA", "F16C", "BMI2", "AVX512", "AVX512_VNNI"],
+         "avx2": ["AVX", "AVX2", "FMA", "F16C", "BMI2"]}
 # Ends of text in this model: banned under load, so that every answer is as long as asked.
 BANNED = [0, 2]
 CLIENTS = 16
@@ -83,8 +88,14 @@ def pinned():
     return found.group(1), re.findall(r"--hash=\S+", found.group(2))
 
 
-def flags():
-    """CMake's settings: this machine's instructions, the web interface left out."""
+def folder(tier):
+    """Where llama.cpp is built for a tier."""
+    return PEER / ("build" if tier == "native" else f"build-{tier}")
+
+
+def flags(tier):
+    """CMake's settings: this machine's or the tier's instructions, the web interface
+    left out."""
     names = ["amx_int8", "amx_tile", "amx_bf16"]
     # clang up to 15 has the intrinsics but not these macros, which ggml asks for.
     amx = " ".join(f"-D__{n.upper()}__=1" for n in names if n in features())
@@ -95,7 +106,7 @@ def flags():
         "CMAKE_C_FLAGS": amx,
         "CMAKE_CXX_FLAGS": amx,
         "BUILD_SHARED_LIBS": "OFF",
-        "GGML_NATIVE": "ON",
+        "GGML_NATIVE": "ON" if TIERS[tier] is None else "OFF",
         "GGML_CCACHE": "OFF",
         "LLAMA_BUILD_EXAMPLES": "OFF",
         "LLAMA_BUILD_TESTS": "OFF",
@@ -104,6 +115,7 @@ def flags():
         "LLAMA_CURL": "OFF",
         "LLAMA_OPENSSL": "OFF",
     }
+    wanted |= {f"GGML_{name}": "ON" for name in TIERS[tier] or []}
     return [f"-D{k}={v}" for k, v in wanted.items()]
 
 
@@ -119,12 +131,14 @@ def compilers():
     subprocess.run(install, check=True, env=quiet, stdout=sys.stderr)
 
 
-def build():
+def build(tier):
+    """The folder of llama.cpp's programs for a tier, built if it is not there."""
     requirement, digests = pinned()
-    stamp = PEER / "built.json"
-    wanted = json.dumps({"source": requirement, "digests": digests, "flags": flags()}, indent=1)
-    if stamp.is_file() and stamp.read_text() == wanted and all((BIN / t).is_file() for t in TOOLS):
-        return
+    made = folder(tier)
+    stamp = made / "built.json"
+    wanted = json.dumps({"source": requirement, "digests": digests, "flags": flags(tier)}, indent=1)
+    if stamp.is_file() and stamp.read_text() == wanted and all((made / "bin" / t).is_file() for t in TOOLS):
+        return made / "bin"
     compilers()
     version = requirement.split("==")[1]
     source = PEER / f"llama_cpp_python-{version}"
@@ -140,14 +154,15 @@ def build():
         with tarfile.open(download / f"{source.name}.tar.gz") as archive:
             archive.extractall(PEER, filter="data")
     say("compiling llama.cpp (some minutes, once)")
-    configure = ["cmake", "-G", "Ninja", "-S", str(source / "vendor/llama.cpp"), "-B", str(PEER / "build"), *flags()]
-    make = ["cmake", "--build", str(PEER / "build"), "--target", *TOOLS]
+    configure = ["cmake", "-G", "Ninja", "-S", str(source / "vendor/llama.cpp"), "-B", str(made), *flags(tier)]
+    make = ["cmake", "--build", str(made), "--target", *TOOLS]
     for command in [configure, make]:
         subprocess.run(["nice", "-n", "5", *command], check=True, stdout=sys.stderr)
     stamp.write_text(wanted)
+    return made / "bin"
 
 
-def models():
+def models(programs):
     """Quantizes the tests' model; twice quantized is bad for its words, not for its speed."""
     base = MODELS / f"{STEM}.Q4_1.gguf"
     if not base.is_file():
@@ -159,7 +174,7 @@ def models():
         source = base if kind == "F16" else MODELS / f"{STEM}.F16.gguf"
         scratch = path.with_suffix(".part")
         say(f"writing {path.name}")
-        command = [BIN / "llama-quantize", "--allow-requantize", source, scratch, kind]
+        command = [programs / "llama-quantize", "--allow-requantize", source, scratch, kind]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         scratch.rename(path)
 
@@ -234,7 +249,7 @@ def run(args, command, server=None):
 
 
 def ours_engine(args, path, prompt, generate, batch, repeat):
-    command = [args.ashlar, "bench", "engine", "--json", "--no-bandwidth", "--model", path, "--threads", args.threads]
+    command = [*args.ashlar, "bench", "engine", "--json", "--no-bandwidth", "--model", path, "--threads", args.threads]
     command += ["--prompt", prompt, "--generate", generate, "--batch", batch, "--repeat", repeat]
     return run(args, command)
 
@@ -256,13 +271,13 @@ def ours(args, path):
 def theirs(args, path):
     """One round of llama.cpp: {test: value}."""
     found = {}
-    bench = [BIN / "llama-bench", "-m", path, "-t", args.threads, "-fa", 1, "-o", "jsonl"]
+    bench = [args.programs / "llama-bench", "-m", path, "-t", args.threads, "-fa", 1, "-o", "jsonl"]
     lines, _ = run(args, [*bench, "-p", args.prompts, "-n", 64, "-r", 3])
     for line in lines:
         name = f"tg{line['n_gen']}" if line["n_gen"] else f"pp{line['n_prompt']}"
         found[name] = statistics.median(line["samples_ts"])
     for n in args.batches:
-        batched = [BIN / "llama-batched-bench", "-m", path, "-t", args.threads, "-fa", "on", "--output-format", "jsonl"]
+        batched = [args.programs / "llama-batched-bench", "-m", path, "-t", args.threads, "-fa", "on", "--output-format", "jsonl"]
         lines, _ = run(args, [*batched, "-npp", 128, "-ntg", 64, "-npl", n, "-c", n * 192])
         found[f"tg64x{n}"] = lines[-1]["speed_tg"]
     _, found["peak_rss"] = run(args, [*bench, "-p", 512, "-n", 64, "-r", 1])
@@ -321,7 +336,7 @@ def under_load(args, server):
     quiet(args)
     with server as running:
         found = {"first_token_ms": running.first_token_ms()}
-        command = [args.ashlar, "bench", "serve", "--json", "--url", running.url, "--model", running.model]
+        command = [*args.ashlar, "bench", "serve", "--json", "--url", running.url, "--model", running.model]
         command += ["--clients", CLIENTS, "--requests", args.requests, "--shared-prefix", 512]
         command += ["--prompt-tokens", "uniform:32..128", "--output-tokens", 64]
         command += ["--ban-tokens", ",".join(map(str, BANNED))]
@@ -332,7 +347,7 @@ def under_load(args, server):
     found["requests_per_s"] = report["requests_per_s"]
     found["output_tokens"] = report["total_output_tokens"]
     for key in ["ttft_ms", "itl_ms", "tpot_ms", "e2e_latency_ms"]:
-        for q in ["p50", "p99"]:
+        for q in ["p50", "p95", "p99"]:
             found[f"{key[:-3]}_{q}_ms"] = report[key][q]
     return found
 
@@ -340,14 +355,14 @@ def under_load(args, server):
 def ours_served(args, path):
     port = free_port()
     with tempfile.TemporaryDirectory() as home:
-        command = [args.ashlar, "--home", home, "serve", "--model", path, "--listen", f"127.0.0.1:{port}"]
+        command = [*args.ashlar, "--home", home, "serve", "--model", path, "--listen", f"127.0.0.1:{port}"]
         return under_load(args, Server(command, port, path.stem))
 
 
 def theirs_served(args, path):
     port = free_port()
     # A slot a client, each as long as the longest request here; the rest as it comes.
-    command = [BIN / "llama-server", "-m", path, "--host", "127.0.0.1", "--port", port, "-t", args.threads]
+    command = [args.programs / "llama-server", "-m", path, "--host", "127.0.0.1", "--port", port, "-t", args.threads]
     command += ["-fa", "on", "-np", CLIENTS, "-c", CLIENTS * 1024, "--no-webui", "--alias", path.stem]
     return under_load(args, Server(command, port, path.stem))
 
@@ -358,8 +373,8 @@ def theirs_served(args, path):
 def compare(args, name, a, b):
     """Rounds of ours and theirs by turns, a dictionary a file."""
     files = {}
-    for kind in args.types:
-        path = MODELS / f"{STEM}.{kind}.gguf"
+    for path in args.files:
+        kind = path.stem
         rounds = {"ashlar": [], "llama.cpp": []}
         args.disturbed = 0.0
         for i in range(args.rounds):
@@ -381,7 +396,7 @@ def compare(args, name, a, b):
 
 
 def show(kind, tests):
-    print(f"\n{STEM}.{kind}")
+    print(f"\n{kind}")
     print(f"{'test':<22}{'ashlar':>12}{'llama.cpp':>12}{'ratio':>8}  better when")
     for test, t in tests.items():
         lower = test.endswith("_ms") or test == "peak_rss"
@@ -404,6 +419,7 @@ def machine(args):
         "features": [f for f in telling if f in features()],
         "processors": processors(),
         "threads": args.threads,
+        "tier": args.tier,
         "system": platform.platform(terse=True),
     }
 
@@ -413,7 +429,9 @@ def main():
     p.add_argument("what", choices=["build", "models", "engine", "serve", "all"])
     target = Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target")
     p.add_argument("--ashlar", type=Path, default=target / "release/ashlar", help="the binary to measure")
-    p.add_argument("--types", default=",".join(TYPES), type=lambda s: s.split(","), help="files to measure")
+    p.add_argument("--types", default=",".join(TYPES), type=lambda s: [t for t in s.split(",") if t], help="files to measure")
+    p.add_argument("--gemma", action="store_true", help=f"{GEMMA} too")
+    p.add_argument("--tier", choices=TIERS, default="native", help="instructions both may use")
     p.add_argument("--rounds", type=int, default=3, help="turns of each engine")
     p.add_argument("--threads", type=int, default=processors())
     p.add_argument("--prompts", default="512,2048", help="prompt lengths of the engine comparison")
@@ -430,9 +448,14 @@ def main():
     if args.what == "serve" or args.what == "all":
         if args.threads != processors():
             sys.exit(f"`ashlar serve` takes all {processors()} processors: restrict both with taskset instead of --threads")
-    build()
+    # `env` rather than our own environment: llama.cpp is not to see it.
+    args.ashlar = [args.ashlar] if TIERS[args.tier] is None else ["env", f"ASHLAR_ISA={args.tier}", args.ashlar]
+    args.programs = build(args.tier)
     if args.what != "build":
-        models()
+        models(args.programs)
+    args.files = [MODELS / f"{STEM}.{kind}.gguf" for kind in args.types]
+    if args.gemma:
+        args.files.append(MODELS / f"{GEMMA}.gguf")
     results = {"time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
     results["machine"], results["peer"] = machine(args), pinned()[0]
     if args.what in ["engine", "all"]:
