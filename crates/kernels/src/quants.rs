@@ -201,33 +201,52 @@ pub(crate) fn codes(dtype: DType, s: &[u8], out: &mut [u8; 256]) {
             }
         }
         _ => {
-            for (e, o) in out.iter_mut().enumerate() {
-                let (run, i, half) = (e / 32, e % 32, e / 128);
-                let nibble = |s: &[u8]| s[run / 2 * 32 + i] >> (run % 2 * 4) & 15;
-                *o = match dtype {
-                    DType::Q2_K => s[16 + half * 32 + i] >> (run % 4 * 2) & 3,
+            out.fill(0);
+            for (run, out) in out.chunks_exact_mut(32).enumerate() {
+                let (half, pair) = (run / 4 * 32, run / 2 * 32);
+                match dtype {
+                    DType::Q2_K => bits(out, &s[16 + half..], run % 4 * 2, 3, 0),
                     DType::Q3_K => {
-                        s[32 + half * 32 + i] >> (run % 4 * 2) & 3 | (s[i] >> run & 1) << 2
+                        bits(out, &s[32 + half..], run % 4 * 2, 3, 0);
+                        bits(out, s, run, 1, 2);
                     }
-                    DType::Q4_K => nibble(&s[16..]),
-                    DType::Q5_K => nibble(&s[48..]) | (s[16 + i] >> run & 1) << 4,
+                    DType::Q4_K => bits(out, &s[16 + pair..], run % 2 * 4, 15, 0),
+                    DType::Q5_K => {
+                        bits(out, &s[48 + pair..], run % 2 * 4, 15, 0);
+                        bits(out, &s[16..], run, 1, 4);
+                    }
                     _ => {
-                        let low = s[half * 64 + run % 2 * 32 + i] >> (run % 4 / 2 * 4) & 15;
-                        low | (s[128 + half * 32 + i] >> (run % 4 * 2) & 3) << 4
+                        bits(out, &s[half * 2 + run % 2 * 32..], run % 4 / 2 * 4, 15, 0);
+                        bits(out, &s[128 + half..], run % 4 * 2, 3, 4);
                     }
-                };
+                }
             }
         }
     }
 }
 
+/// Adds some bits of each byte of `s`, from bit `from` on, at bit `to`.
+fn bits(out: &mut [u8], s: &[u8], from: usize, mask: u8, to: usize) {
+    for (o, s) in out.iter_mut().zip(s) {
+        *o |= (s >> from & mask) << to;
+    }
+}
+
 /// The 5-bit codes of a Q5 block: 4 bytes of high bits, 16 bytes of low ones.
 pub(crate) fn fives(s: &[u8]) -> [u8; 32] {
-    let high = u32::from_le_bytes([s[0], s[1], s[2], s[3]]);
-    std::array::from_fn(|i| {
-        let low = if i < 16 { s[4 + i] & 15 } else { s[4 + i - 16] >> 4 };
-        low | ((high >> i & 1) as u8) << 4
-    })
+    let mut out = [0; 32];
+    for i in 0..16 {
+        (out[i], out[i + 16]) = (s[4 + i] & 15, s[4 + i] >> 4);
+    }
+    for (eight, high) in out.chunks_exact_mut(8).zip(s) {
+        // Bit i of a byte to byte i of eight, there to bit 7, then to bit 4.
+        let each = u64::from(*high) * 0x0101_0101_0101_0101 & 0x8040_2010_0804_0201;
+        let fifth = (each + 0x7f7f_7f7f_7f7f_7f7f & 0x8080_8080_8080_8080) >> 3;
+        for (o, f) in eight.iter_mut().zip(fifth.to_le_bytes()) {
+            *o |= f;
+        }
+    }
+    out
 }
 
 /// Scale and minimum `j` of a K block's 12 packed bytes (6 bits each).
