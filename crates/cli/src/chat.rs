@@ -2,7 +2,7 @@
 
 use crate::{
     out,
-    serve::{self, EngineArgs},
+    serve::{self, TemplateArg},
 };
 use anyhow::Result;
 use ashlar_store::Store;
@@ -11,9 +11,9 @@ use std::{io::BufRead, path::Path};
 
 /// Reads lines until the end of input; each is answered with the whole
 /// conversation in view.
-pub(crate) async fn run(home: &Path, model: &str) -> Result<()> {
+pub(crate) async fn run(home: &Path, model: &str, template: TemplateArg) -> Result<()> {
     let store = Store::open(home).await?;
-    let server = serve::start(&store, model, serve::bind("127.0.0.1:0").await?, &EngineArgs::default()).await?;
+    let server = serve::start(&store, model, serve::bind("127.0.0.1:0").await?, &template.engine()).await?;
     out::note("type a message; an empty line or Ctrl-D ends");
     let mut messages = Vec::new();
     for line in std::io::stdin().lock().lines() {

@@ -82,6 +82,8 @@ enum Verb {
         /// A channel's name or a GGUF file.
         #[arg(long, default_value = "prod", value_name = "NAME|PATH")]
         model: String,
+        #[command(flatten)]
+        template: serve::TemplateArg,
     },
     /// Measure the engine on a model file, or a server under load.
     Bench {
@@ -141,7 +143,7 @@ async fn run(args: Args) -> Result<()> {
             takedown::run(&home, &id, &reason, dry_run, json).await
         }
         Verb::Serve { model, listen, engine } => serve::run(&home, &model, &listen, &engine, json).await,
-        Verb::Chat { model } => chat::run(&home, &model).await,
+        Verb::Chat { model, template } => chat::run(&home, &model, template).await,
         Verb::Bench { what } => bench::run(what, json).await,
         Verb::Sign { dir, key } => sign::sign(&dir, &key, json),
         Verb::Verify { ledger: true, .. } => sign::verify_ledger(&home, json).await,

@@ -7,7 +7,11 @@ use ashlar_engine::{EngineConfig, KvType, LocalBackend, MemoryPlan};
 use ashlar_gateway::{GatewayState, Served};
 use ashlar_store::Store;
 use serde_json::{Value, json};
-use std::{net::SocketAddr, path::Path, sync::Arc};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
 
 /// How the engine is set up; what is left out fits itself to the machine.
@@ -25,6 +29,23 @@ pub(crate) struct EngineArgs {
     /// Requests computed together [default: 16].
     #[arg(long, value_name = "N")]
     max_batch: Option<usize>,
+    #[command(flatten)]
+    template: TemplateArg,
+}
+
+/// The chat template, where the model's own is not to be used.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub(crate) struct TemplateArg {
+    /// A chat template in Jinja, in place of the model's own or for one without.
+    #[arg(long, value_name = "FILE")]
+    chat_template: Option<PathBuf>,
+}
+
+impl TemplateArg {
+    /// Engine settings that differ in this alone.
+    pub(crate) fn engine(self) -> EngineArgs {
+        EngineArgs { template: self, ..EngineArgs::default() }
+    }
 }
 
 fn kv_type(name: &str) -> Result<KvType, String> {
@@ -110,7 +131,12 @@ pub(crate) async fn start(
     };
     let backend = tokio::task::spawn_blocking({
         let (name, config) = (name.clone(), engine.config());
-        move || LocalBackend::open(&name, &path, config)
+        let read = |file: &PathBuf| {
+            let text = std::fs::read_to_string(file);
+            text.with_context(|| format!("cannot read the chat template {}", file.display()))
+        };
+        let template = engine.template.chat_template.as_ref().map(read).transpose()?;
+        move || LocalBackend::open(&name, &path, template.as_deref(), config)
     })
     .await??;
     let plan = backend.plan().clone();

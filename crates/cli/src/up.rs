@@ -272,7 +272,10 @@ impl Up {
                 let qa = ashlar_data::read_qa(&self.file(&questions)?)?;
                 let path = self.file(&base)?;
                 let bytes = std::fs::read(&path)?;
-                let (tokenizer, template) = ashlar_engine::vocab(&Gguf::parse(&bytes)?)?;
+                let (tokenizer, template) = ashlar_engine::vocab(&Gguf::parse(&bytes)?, None)?;
+                let template = template.with_context(|| {
+                    format!("{} has no chat template, in which questions and answers are packed: choose a base model tuned for chat", path.display())
+                })?;
                 let out = run.dir().join("pack");
                 std::fs::create_dir_all(&out)?;
                 let report = ashlar_data::pack(&kept, &qa, &tokenizer, &template, &out)?;
@@ -512,7 +515,7 @@ impl Up {
         let (exact, quantized) = (self.file(&merged.exact)?, self.file(&merged.quantized)?);
         tokio::task::spawn_blocking(move || {
             let bytes = std::fs::read(&exact)?;
-            let (tokenizer, _) = ashlar_engine::vocab(&Gguf::parse(&bytes)?)?;
+            let (tokenizer, _) = ashlar_engine::vocab(&Gguf::parse(&bytes)?, None)?;
             let texts = qa
                 .iter()
                 .take(24)
@@ -525,7 +528,7 @@ impl Up {
     }
 
     fn backend(&self, name: &str, model: &Digest) -> Result<LocalBackend> {
-        LocalBackend::open(name, &self.file(model)?, EngineConfig::default())
+        LocalBackend::open(name, &self.file(model)?, None, EngineConfig::default())
             .with_context(|| format!("opening model {}", model.short()))
     }
 

@@ -78,7 +78,7 @@ fn llama_cpp_says_the_same() {
         let theirs = script(&python, "llama.py", &[], &job.to_string());
 
         let bytes = std::fs::read(&model).expect("model");
-        let (tokenizer, _) = ashlar_engine::vocab(&ashlar_formats::Gguf::parse(&bytes).expect("GGUF")).expect("vocabulary");
+        let (tokenizer, _) = ashlar_engine::vocab(&ashlar_formats::Gguf::parse(&bytes).expect("GGUF"), None).expect("vocabulary");
         let ours = Model::load(&model).expect("model");
         let logits = std::fs::read(&rows).expect("logits");
         let mut theirs_rows = logits.chunks_exact(4 * ours.config().vocab);
@@ -162,7 +162,7 @@ fn the_official_client_and_a_browser_are_served() {
 #[test]
 fn batching_does_not_change_an_answer() {
     let Some(base) = peer("ASHLAR_TEST_MODEL", "the test model") else { return };
-    let backend = LocalBackend::open("base", &base, EngineConfig::default()).expect("opens");
+    let backend = LocalBackend::open("base", &base, None, EngineConfig::default()).expect("opens");
     let ask = |q: &str| {
         let mut request = ashlar_api::ChatRequest::new("base", vec![ashlar_api::ChatMessage::user(q)]);
         (request.temperature, request.max_tokens) = (Some(0.0), Some(16));

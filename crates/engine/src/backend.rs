@@ -89,14 +89,14 @@ pub struct LocalBackend {
     /// Bytes of the longest token: text beyond `context` times this cannot fit.
     longest: usize,
     tokenizer: Tokenizer,
-    template: ChatTemplate,
+    template: Option<ChatTemplate>,
     shared: Arc<Shared>,
     jobs: Option<mpsc::Sender<Job>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl LocalBackend {
-    /// Serves `model` under `name`; plans and allocates its cache and starts
+    /// Serves `model` under `name`, chats only with a template; plans and allocates its cache and starts
     /// its thread. The model brings its own threads: `config.threads` is not
     /// looked at.
     ///
@@ -107,7 +107,7 @@ impl LocalBackend {
         name: &str,
         model: Arc<Model>,
         tokenizer: Tokenizer,
-        template: ChatTemplate,
+        template: Option<ChatTemplate>,
         config: EngineConfig,
     ) -> Result<Self, EngineError> {
         check(&config)?;
@@ -118,8 +118,7 @@ impl LocalBackend {
         }
         let head = model.config().head_dim;
         if config.kv_type == KvType::Int8 && !head.is_multiple_of(4) {
-            let name = "head size with kv_type int8, a multiple of 4,";
-            return Err(EngineError::Setting { name, value: head, least: 4 });
+            return Err(EngineError::KvType { head });
         }
         let threads = model.pool().threads();
         let need = Need::of(model.config(), model.bytes(), threads, &config);
@@ -133,13 +132,19 @@ impl LocalBackend {
     }
 
     /// Serves the GGUF file at `path` with the tokenizer and template inside
-    /// it, or the folder in Hugging Face's layout with those beside the weights.
+    /// it, or the folder in Hugging Face's layout with those beside the weights;
+    /// `template` is taken instead of theirs.
     /// Weights are held against free memory before they are read, and files not
     /// looked at after.
     ///
     /// # Errors
     /// Any [`EngineError`].
-    pub fn open(name: &str, path: &Path, config: EngineConfig) -> Result<Self, EngineError> {
+    pub fn open(
+        name: &str,
+        path: &Path,
+        template: Option<&str>,
+        config: EngineConfig,
+    ) -> Result<Self, EngineError> {
         check(&config)?;
         let pool = Pool::new(config.threads.unwrap_or(0));
         let fits = |file: u64| {
@@ -151,13 +156,13 @@ impl LocalBackend {
         };
         if path.is_dir() {
             fits(tensor_sizes(path)?.iter().map(|t| t.bytes).sum())?;
-            let (tokenizer, template) = folder(path)?;
+            let (tokenizer, template) = folder(path, template)?;
             let model = Arc::new(Model::load_with(path, pool)?);
             return Self::new(name, model, tokenizer, template, config);
         }
         let (tokenizer, template, model) = GgufFile::read(path, |file, gguf| {
             fits(file.bytes())?;
-            let (tokenizer, template) = vocab(gguf)?;
+            let (tokenizer, template) = vocab(gguf, template)?;
             Ok::<_, EngineError>((tokenizer, template, Model::from_file(file, gguf, pool)?))
         })??;
         Self::new(name, Arc::new(model), tokenizer, template, config)
@@ -168,7 +173,7 @@ impl LocalBackend {
         forward: impl Forward + 'static,
         plan: MemoryPlan,
         tokenizer: Tokenizer,
-        template: ChatTemplate,
+        template: Option<ChatTemplate>,
         config: EngineConfig,
     ) -> Result<Self, EngineError> {
         let least = plan.context.saturating_mul(TOKEN_BYTES) + REQUEST_BYTES;
@@ -240,11 +245,6 @@ impl LocalBackend {
     /// Its tokenizer.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
-    }
-
-    /// Its chat template.
-    pub fn template(&self) -> &ChatTemplate {
-        &self.template
     }
 
     fn check_model(&self, model: &str) -> Result<(), ApiError> {
@@ -427,7 +427,17 @@ impl Backend for LocalBackend {
                 content: m.content,
             })
             .collect();
-        let (template, tokenizer) = (self.template.clone(), self.tokenizer.clone());
+        let template = self.template.clone().ok_or_else(|| {
+            ApiError::bad_request(
+                format!(
+                    "{} has no chat template: send text to /v1/completions, or serve it with --chat-template FILE",
+                    self.name
+                ),
+                Some("messages"),
+                Some("no_chat_template"),
+            )
+        })?;
+        let tokenizer = self.tokenizer.clone();
         let tokens = Self::tokenize(bytes, move || template.encode(&tokenizer, &messages, true));
         let tokens = tokens.await.map_err(|e| at(e, "messages"))?;
         self.generate(tokens, &sampling, turn, "messages")

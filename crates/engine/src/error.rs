@@ -52,6 +52,12 @@ pub enum EngineError {
         /// The least that works.
         least: usize,
     },
+    /// Heads that int8 keys and values cannot be kept of.
+    #[error("kv_type is int8, which takes heads of a multiple of 4 values; this model's have {head}")]
+    KvType {
+        /// Values a head.
+        head: usize,
+    },
     /// The memory does not hold the model and the least it needs beside it.
     #[error(
         "the engine needs {} of memory, {} are {}: weights {}, {} of KV cache a block of 32 tokens, \
@@ -106,6 +112,7 @@ impl Hint for EngineError {
             }
             Self::Vocabulary { .. } => Some("use the tokenizer the model was made with".into()),
             Self::Io { .. } => Some("check the path and its permissions".into()),
+            Self::KvType { .. } => Some("choose kv_type f16, bf16 or f32".into()),
             Self::Setting { name, least, .. } => Some(format!("set {name} to {least} or more")),
             Self::Memory {
                 blocks_that_fit: 0, ..

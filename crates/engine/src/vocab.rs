@@ -7,60 +7,61 @@ use ashlar_text::{ChatTemplate, GgufVocab, Tokenizer};
 use serde_json::Value as Json;
 use std::path::Path;
 
-/// Builds the tokenizer and chat template a GGUF file describes.
+/// Builds the tokenizer and chat template a GGUF file describes; `template` takes
+/// the place of the file's own. A base model has none.
 ///
 /// # Errors
 /// [`EngineError::Metadata`] for a missing key or one of another type,
 /// [`EngineError::Text`] for a tokenizer or template that is not supported.
-pub fn vocab(gguf: &Gguf<'_>) -> Result<(Tokenizer, ChatTemplate), EngineError> {
+pub fn vocab(gguf: &Gguf<'_>, template: Option<&str>) -> Result<(Tokenizer, Option<ChatTemplate>), EngineError> {
     let tokens = gguf.meta("tokenizer.ggml.tokens").and_then(Value::as_array);
     let spelling = |key| {
         special(gguf, key)
             .and_then(|id| tokens?.get(id as usize)?.as_str())
             .unwrap_or_default()
     };
-    let source = text(gguf, "tokenizer.chat_template")?;
-    let (bos, eos) = (spelling(BOS), spelling(EOS));
-    let template = ChatTemplate::new(&source, bos, eos)?;
+    let key = "tokenizer.chat_template";
+    let own = gguf.meta(key).is_some().then(|| text(gguf, key)).transpose()?;
+    let template = compiled(template.or(own.as_deref()), spelling(BOS), spelling(EOS))?;
     Ok((tokenizer(gguf)?, template))
+}
+
+fn compiled(source: Option<&str>, bos: &str, eos: &str) -> Result<Option<ChatTemplate>, EngineError> {
+    Ok(source.map(|source| ChatTemplate::new(source, bos, eos)).transpose()?)
 }
 
 /// Builds the tokenizer and chat template of a folder in Hugging Face's layout:
 /// `tokenizer.json`, `tokenizer_config.json` and, where the template is a file
-/// of its own, `chat_template.jinja`.
+/// of its own, `chat_template.jinja`; `template` takes its place.
 ///
 /// # Errors
 /// [`EngineError::Io`] for a file that cannot be read, and as [`vocab`].
-pub fn folder(path: &Path) -> Result<(Tokenizer, ChatTemplate), EngineError> {
+pub fn folder(path: &Path, template: Option<&str>) -> Result<(Tokenizer, Option<ChatTemplate>), EngineError> {
     let read = |name: &str| {
         let path = path.join(name);
         std::fs::read(&path).map_err(|source| EngineError::Io { path, source })
     };
+    let wrong = |key, wanted| EngineError::Metadata { key, wanted };
     let tokenizer = Tokenizer::from_json(&read("tokenizer.json")?)?;
     let config = serde_json::from_slice::<Json>(&read("tokenizer_config.json")?);
-    let config = config.map_err(|_| EngineError::Metadata {
-        key: "tokenizer_config.json",
-        wanted: "JSON",
-    })?;
+    let config = config.map_err(|_| wrong("tokenizer_config.json", "JSON"))?;
     let token = |key: &str| {
         let token = &config[key];
         token.as_str().or(token["content"].as_str()).unwrap_or_default()
     };
     let (bos, eos) = (token("bos_token"), token("eos_token"));
-    let own = path.join("chat_template.jinja");
-    let template = &config["chat_template"];
+    let set = &config["chat_template"];
     // Several templates are a list; one of them is called "default".
-    let named = template.as_array().and_then(|l| l.iter().find(|t| t["name"] == "default"));
-    let source = match own.exists() {
+    let named = set.as_array().and_then(|l| l.iter().find(|t| t["name"] == "default"));
+    let own = match path.join("chat_template.jinja").exists() {
         true => String::from_utf8(read("chat_template.jinja")?).ok(),
-        false => template.as_str().or(named.and_then(|t| t["template"].as_str())).map(str::to_owned),
+        false => set.as_str().or(named.and_then(|t| t["template"].as_str())).map(str::to_owned),
     };
-    let source = source.ok_or(EngineError::Metadata {
-        key: "chat_template",
-        wanted: "a string",
-    })?;
+    if own.is_none() && !set.is_null() {
+        return Err(wrong("chat_template", "a string"));
+    }
     let eos_id = tokenizer.token_id(eos);
-    let template = ChatTemplate::new(&source, bos, eos)?;
+    let template = compiled(template.or(own.as_deref()), bos, eos)?;
     Ok((tokenizer.with_eos(eos_id), template))
 }
 

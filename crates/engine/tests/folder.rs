@@ -1,6 +1,6 @@
 //! A checkpoint in Hugging Face's layout, tiny and random, served.
 
-use ashlar_api::{Backend, CompletionRequest, Event};
+use ashlar_api::{Backend, ChatMessage, ChatRequest, CompletionRequest, Event};
 use ashlar_core::DType;
 use ashlar_engine::{EngineConfig, EngineError, LocalBackend};
 use ashlar_model::formats::safetensors;
@@ -61,8 +61,29 @@ fn save(folder: &Path) {
     std::fs::write(folder.join("tokenizer_config.json"), settings.to_string()).unwrap();
 }
 
+#[test]
+fn a_base_model_completes_and_chats_only_with_a_template() {
+    let dir = tempfile::tempdir().unwrap();
+    save(dir.path());
+    std::fs::write(dir.path().join("tokenizer_config.json"), "{}").unwrap();
+    let config = EngineConfig { kv_blocks: Some(8), ..EngineConfig::default() };
+    let chat = |template: Option<&str>| {
+        let backend = LocalBackend::open("m", dir.path(), template, config).unwrap();
+        let completion = CompletionRequest { max_tokens: Some(2), ..CompletionRequest::new("m", "hello") };
+        assert!(block_on(backend.complete(completion)).is_ok());
+        let messages = vec![ChatMessage::user("hello")];
+        block_on(backend.chat(ChatRequest { max_tokens: Some(2), ..ChatRequest::new("m", messages) })).err()
+    };
+    let refused = chat(None).unwrap();
+    assert_eq!((refused.status, refused.code.as_deref()), (400, Some("no_chat_template")));
+    assert!(refused.message.contains("/v1/completions") && refused.message.contains("--chat-template"));
+    assert_eq!(chat(Some("{{ messages[0]['content'] }}")), None);
+    let broken = LocalBackend::open("m", dir.path(), Some("{% for"), config);
+    assert!(matches!(broken, Err(EngineError::Text(_))));
+}
+
 fn open(folder: &Path) -> Result<LocalBackend, EngineError> {
-    LocalBackend::open("m", folder, EngineConfig { kv_blocks: Some(8), ..EngineConfig::default() })
+    LocalBackend::open("m", folder, None, EngineConfig { kv_blocks: Some(8), ..EngineConfig::default() })
 }
 
 #[test]
@@ -88,7 +109,7 @@ fn a_folder_is_served_like_a_file() {
     let tokens = go();
     assert!(tokens > 0 && tokens == go());
 
-    std::fs::write(dir.path().join("tokenizer_config.json"), "{}").unwrap();
+    std::fs::write(dir.path().join("tokenizer_config.json"), r#"{"chat_template": 7}"#).unwrap();
     assert!(matches!(open(dir.path()), Err(EngineError::Metadata { key: "chat_template", .. })));
     std::fs::write(dir.path().join("tokenizer_config.json"), "{").unwrap();
     assert!(matches!(open(dir.path()), Err(EngineError::Metadata { .. })));

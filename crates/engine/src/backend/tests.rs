@@ -35,7 +35,7 @@ fn with(config: EngineConfig, pause: Duration) -> LocalBackend {
     let plan = plan(&config);
     let mut fake = Fake::new(plan.kv_blocks);
     fake.pause = pause;
-    LocalBackend::start("m", fake, plan, tokenizer, template, config).unwrap()
+    LocalBackend::start("m", fake, plan, tokenizer, Some(template), config).unwrap()
 }
 
 fn backend(pause: Duration) -> LocalBackend {
@@ -258,7 +258,7 @@ fn a_queue_longer_than_memory_is_429() {
         ..CONFIG
     };
     let (tokenizer, template) = text();
-    let e = LocalBackend::start("m", Fake::new(16), plan(&none), tokenizer, template, none);
+    let e = LocalBackend::start("m", Fake::new(16), plan(&none), tokenizer, Some(template), none);
     assert!(
         matches!(
             e.err(),
@@ -328,7 +328,7 @@ fn a_panicking_worker_costs_its_step_alone() {
         worst: 250,
     };
     let plan = plan(&CONFIG);
-    let b = LocalBackend::start("m", forward, plan, tokenizer, template, CONFIG).unwrap();
+    let b = LocalBackend::start("m", forward, plan, tokenizer, Some(template), CONFIG).unwrap();
     for _ in 0..10 {
         let stream = block_on(b.complete(ids(vec![251; 3], 4))).unwrap();
         let events = block_on(stream.collect::<Vec<_>>());
