@@ -13,8 +13,9 @@
 //! an order of its own along k, activations are put in that order first, and
 //! "ascending" means its places.
 //! Against plain weights the element is one `fma` chain in ascending k; 8-bit floats
-//! have such a chain for each run, and runs join by `a = fma(chain, scale, a)`, the
-//! chain of E4M3 in units of 256 and its scale times 256. Each tier
+//! have two chains for each run, of its even and of its odd places, and runs join by
+//! `a = fma(even + odd, scale, a)`; of E4M3 the chains are in units of 256 and the
+//! scale is taken 256-fold, which is exact. Each tier
 //! follows that order, so an element has one value, whatever computes it; but for
 //! 16-bit floats on AMX, whose order is in `amx.rs`.
 //!
@@ -331,23 +332,25 @@ fn reference(f: usize, data: &[u8], rows: Rows, range: std::ops::Range<usize>, o
 }
 
 /// Plain weights: one chain of fused multiply-adds a sum, in ascending k; of 8-bit
-/// floats one a run.
+/// floats two a run.
 fn plain_reference(kind: Kind, data: &[u8], rows: Rows, range: std::ops::Range<usize>, out: Out) {
     let (heads, data) = data.split_at(kind.heads_bytes(rows.k, rows.run));
     let step = data.len() / rows.k;
     for (i, r) in range.enumerate() {
         let x = &rows.x[r * rows.k..][..rows.k];
         for col in 0..out.cols {
-            let chain = |x: &[f32], data: &[u8]| {
-                let steps = x.iter().zip(data.chunks_exact(step));
+            let chain = |x: &[f32], data: &[u8], first: usize, by: usize| {
+                let steps = x.iter().zip(data.chunks_exact(step)).skip(first).step_by(by);
                 steps.fold(0f32, |s, (x, step)| x.mul_add(packed::plain(kind, step, col), s))
             };
             let sum = if heads.is_empty() {
-                chain(x, data)
+                chain(x, data, 0, 1)
             } else {
                 let runs = x.chunks(rows.run).zip(data.chunks(rows.run * step)).enumerate();
-                let scale = |run: usize| packed::float_at(heads, run * GROUP + col) * kind.unit();
-                runs.fold(0f32, |a, (run, (x, data))| chain(x, data).mul_add(scale(run), a))
+                runs.fold(0f32, |a, (run, (x, data))| {
+                    let scale = packed::float_at(heads, run * GROUP + col) * kind.unit();
+                    (chain(x, data, 0, 2) + chain(x, data, 1, 2)).mul_add(scale, a)
+                })
             };
             out.set(i, col, sum);
         }

@@ -285,11 +285,13 @@ pub(super) unsafe fn plain(kind: Kind, data: &[u8], rows: Rows, range: Range<usi
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn bytes_to_floats<const E4M3: bool>(at: *const u8) -> __m256 {
     // SAFETY: the caller's promise.
-    let mut half = _mm_slli_epi16::<8>(_mm_cvtepu8_epi16(unsafe { _mm_loadl_epi64(at.cast()) }));
-    if E4M3 {
-        let value = _mm_and_si128(_mm_srli_epi16::<1>(half), _mm_set1_epi16(0x3f80));
-        half = _mm_or_si128(_mm_and_si128(half, _mm_set1_epi16(i16::MIN)), value);
-    }
+    let bytes = unsafe { _mm_loadl_epi64(at.cast()) };
+    let half = if E4M3 {
+        // The sign arrives twice, above the exponent too.
+        _mm_and_si128(_mm_slli_epi16::<7>(_mm_cvtepi8_epi16(bytes)), _mm_set1_epi16(!0x4000))
+    } else {
+        _mm_slli_epi16::<8>(_mm_cvtepu8_epi16(bytes))
+    };
     _mm256_cvtph_ps(half)
 }
 
@@ -309,30 +311,35 @@ unsafe fn scaled_tile<const E4M3: bool, const M: usize>(data: &[u8], rows: Rows,
     unsafe {
         let x = rows.x.as_ptr().add(r * k);
         let values = data.as_ptr().add(kind.heads_bytes(k, rows.run));
-        let mut a = [[_mm256_setzero_ps(); 2]; M];
-        for first in (0..k).step_by(rows.run) {
-            let mut chains = [[_mm256_setzero_ps(); 2]; M];
-            for p in first..k.min(first + rows.run) {
-                let w: [__m256; 2] =
-                    std::array::from_fn(|side| bytes_to_floats::<E4M3>(values.add(p * GROUP + side * 8)));
-                for (i, chains) in chains.iter_mut().enumerate() {
-                    let x = _mm256_set1_ps(*x.add(i * k + p));
-                    for (chain, w) in chains.iter_mut().zip(w) {
-                        *chain = _mm256_fmadd_ps(x, w, *chain);
+        for side in 0..out.cols.div_ceil(8) {
+            let mut a = [_mm256_setzero_ps(); M];
+            for first in (0..k).step_by(rows.run) {
+                let (mut even, mut odd) = ([_mm256_setzero_ps(); M], [_mm256_setzero_ps(); M]);
+                let end = k.min(first + rows.run);
+                let weights = |p: usize| bytes_to_floats::<E4M3>(values.add(p * GROUP + side * 8));
+                let at = |i: usize, p: usize| _mm256_set1_ps(*x.add(i * k + p));
+                for p in (first..end - 1).step_by(2) {
+                    _mm_prefetch::<_MM_HINT_T1>(values.wrapping_add(AHEAD + p * GROUP).cast());
+                    let (w, v) = (weights(p), weights(p + 1));
+                    for i in 0..M {
+                        even[i] = _mm256_fmadd_ps(at(i, p), w, even[i]);
+                        odd[i] = _mm256_fmadd_ps(at(i, p + 1), v, odd[i]);
                     }
                 }
-            }
-            let scales = data.as_ptr().cast::<f32>().add(first / rows.run * GROUP);
-            for side in 0..2 {
-                let scale = _mm256_mul_ps(_mm256_loadu_ps(scales.add(side * 8)), _mm256_set1_ps(kind.unit()));
-                for (a, chain) in a.iter_mut().zip(chains) {
-                    a[side] = _mm256_fmadd_ps(chain[side], scale, a[side]);
+                if (end - first) % 2 == 1 {
+                    let w = weights(end - 1);
+                    for i in 0..M {
+                        even[i] = _mm256_fmadd_ps(at(i, end - 1), w, even[i]);
+                    }
+                }
+                let scale = data.as_ptr().cast::<f32>().add(first / rows.run * GROUP + side * 8);
+                let scale = _mm256_mul_ps(_mm256_loadu_ps(scale), _mm256_set1_ps(kind.unit()));
+                for (i, a) in a.iter_mut().enumerate() {
+                    *a = _mm256_fmadd_ps(_mm256_add_ps(even[i], odd[i]), scale, *a);
                 }
             }
-        }
-        for (i, a) in a.into_iter().enumerate() {
-            for side in 0..out.cols.div_ceil(8) {
-                store(out, i, side, a[side]);
+            for (i, a) in a.into_iter().enumerate() {
+                store(out, i, side, a);
             }
         }
     }

@@ -295,11 +295,14 @@ pub(super) unsafe fn plain(kind: Kind, data: &[u8], rows: Rows, range: Range<usi
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
 unsafe fn bytes_to_floats<const E4M3: bool>(at: *const u8) -> __m512 {
     // SAFETY: the caller's promise.
-    let mut half = _mm256_slli_epi16::<8>(_mm256_cvtepu8_epi16(unsafe { _mm_loadu_si128(at.cast()) }));
-    if E4M3 {
-        let value = _mm256_and_si256(_mm256_srli_epi16::<1>(half), _mm256_set1_epi16(0x3f80));
-        half = _mm256_or_si256(_mm256_and_si256(half, _mm256_set1_epi16(i16::MIN)), value);
-    }
+    let bytes = unsafe { _mm_loadu_si128(at.cast()) };
+    let half = if E4M3 {
+        // The sign arrives twice, above the exponent too.
+        let shifted = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(bytes));
+        _mm256_and_si256(shifted, _mm256_set1_epi16(!0x4000))
+    } else {
+        _mm256_slli_epi16::<8>(_mm256_cvtepu8_epi16(bytes))
+    };
     _mm512_cvtph_ps(half)
 }
 
@@ -321,19 +324,28 @@ unsafe fn scaled_tile<const E4M3: bool, const M: usize>(data: &[u8], rows: Rows,
         let values = data.as_ptr().add(kind.heads_bytes(k, rows.run));
         let mut a = [_mm512_setzero_ps(); M];
         for first in (0..k).step_by(rows.run) {
-            let mut chain = [_mm512_setzero_ps(); M];
-            for p in first..k.min(first + rows.run) {
-                let at = values.add(p * GROUP);
-                _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(AHEAD).cast());
-                let w = bytes_to_floats::<E4M3>(at);
-                for (i, chain) in chain.iter_mut().enumerate() {
-                    *chain = _mm512_fmadd_ps(_mm512_set1_ps(*x.add(i * k + p)), w, *chain);
+            let (mut even, mut odd) = ([_mm512_setzero_ps(); M], [_mm512_setzero_ps(); M]);
+            let end = k.min(first + rows.run);
+            let weights = |p: usize| bytes_to_floats::<E4M3>(values.add(p * GROUP));
+            let at = |i: usize, p: usize| _mm512_set1_ps(*x.add(i * k + p));
+            for p in (first..end - 1).step_by(2) {
+                _mm_prefetch::<_MM_HINT_T1>(values.wrapping_add(AHEAD + p * GROUP).cast());
+                let (w, v) = (weights(p), weights(p + 1));
+                for i in 0..M {
+                    even[i] = _mm512_fmadd_ps(at(i, p), w, even[i]);
+                    odd[i] = _mm512_fmadd_ps(at(i, p + 1), v, odd[i]);
+                }
+            }
+            if (end - first) % 2 == 1 {
+                let w = weights(end - 1);
+                for i in 0..M {
+                    even[i] = _mm512_fmadd_ps(at(i, end - 1), w, even[i]);
                 }
             }
             let scale = _mm512_loadu_ps(data.as_ptr().cast::<f32>().add(first / rows.run * GROUP));
             let scale = _mm512_mul_ps(scale, _mm512_set1_ps(kind.unit()));
-            for (a, chain) in a.iter_mut().zip(chain) {
-                *a = _mm512_fmadd_ps(chain, scale, *a);
+            for (i, a) in a.iter_mut().enumerate() {
+                *a = _mm512_fmadd_ps(_mm512_add_ps(even[i], odd[i]), scale, *a);
             }
         }
         for (i, a) in a.into_iter().enumerate() {
