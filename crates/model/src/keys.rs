@@ -147,6 +147,11 @@ impl Keys {
         Ok(map.map(|map| Self::new(map.clone(), format!("{}{key}.", self.prefix))))
     }
 
+    /// All keys.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.map.keys().map(String::as_str)
+    }
+
     /// `key` may only have the value `only`, which is all this program does.
     pub(crate) fn only(&self, key: &str, only: &Json, must: &'static str) -> Result<(), ModelError> {
         match self.get(key) {
@@ -157,8 +162,13 @@ impl Keys {
 
     /// Refuses keys that were neither read nor are harmless, by name.
     pub(crate) fn finish(&self) -> Result<(), ModelError> {
+        self.finish_but(&[&HARMLESS[..], &HARMLESS_GGUF].concat())
+    }
+
+    /// [`Keys::finish`] with another list of harmless ones.
+    pub(crate) fn finish_but(&self, harmless: &[&str]) -> Result<(), ModelError> {
         let read = self.read.borrow();
-        let known = |k: &str| read.contains(k) || HARMLESS.contains(&k) || HARMLESS_GGUF.contains(&k);
+        let known = |k: &str| read.contains(k) || harmless.contains(&k);
         match self.map.iter().find(|(k, v)| !v.is_null() && !known(k)) {
             None => Ok(()),
             Some((key, value)) => {
