@@ -339,6 +339,11 @@ impl<'s, 'a> Stored<'s, 'a, '_> {
         let zero = |row: usize, run: usize| {
             words.as_ref().map_or(8, |words| (words.at(run, row / 8) >> slot(row) & 15) as i16)
         };
+        let points = each(n, count, zero);
+        if let (false, Some(other)) = (zeros, points.iter().find(|&&z| z != 8)) {
+            let what = format!("a zero point of {}", self.base);
+            return Err(ModelError::Setting { what, value: other.to_string(), must: "8, for zero_point is false" });
+        }
         Ok(Quantized {
             dtype: DType::U4,
             k: self.k,
@@ -346,7 +351,7 @@ impl<'s, 'a> Stored<'s, 'a, '_> {
             runs: Runs {
                 len: self.run(spread),
                 scales: each(n, count, |row, run| scales[run * n + row]),
-                zeros: each(n, count, zero),
+                zeros: points,
                 order: None,
             },
         })
