@@ -21,7 +21,7 @@ pub const MAX_HEADER: u64 = 100_000_000;
 
 const METADATA: &str = "__metadata__";
 
-const TYPES: [(&str, DType); 9] = [
+const TYPES: [(&str, DType); 11] = [
     ("F64", DType::F64),
     ("F32", DType::F32),
     ("F16", DType::F16),
@@ -31,6 +31,8 @@ const TYPES: [(&str, DType); 9] = [
     ("I16", DType::I16),
     ("I8", DType::I8),
     ("U8", DType::U8),
+    ("F8_E4M3", DType::F8_E4M3),
+    ("F8_E5M2", DType::F8_E5M2),
 ];
 
 /// A parsed safetensors file that borrows the bytes.

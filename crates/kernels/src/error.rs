@@ -35,6 +35,22 @@ pub enum KernelError {
         /// Values in a block.
         block: usize,
     },
+    /// Runs that do not fit their matrix.
+    #[error("{what}: {got}, must be {need}")]
+    Runs {
+        /// What was counted.
+        what: &'static str,
+        /// What it must be.
+        need: usize,
+        /// What it is.
+        got: usize,
+    },
+    /// A weight that is not a number.
+    #[error("a weight of row {row} is not a number")]
+    NotANumber {
+        /// The row.
+        row: usize,
+    },
     /// An instruction-set tier that this machine does not have.
     #[error("ASHLAR_ISA is {name}; this machine has {}", available.join(", "))]
     Tier {
@@ -56,6 +72,9 @@ impl Hint for KernelError {
                 "convert the file to Q8_0, Q4_1, Q4_0, F16 or F32".to_owned()
             }
             Self::Length { .. } => "the file is cut short or mislabelled; fetch it again".to_owned(),
+            Self::Runs { .. } | Self::NotANumber { .. } => {
+                "quantize the model again with a current tool, or choose another file".to_owned()
+            }
             Self::Tier { .. } => "unset it to use the fastest tier there is".to_owned(),
             Self::Ragged { block, .. } => {
                 format!("rows must be a multiple of {block} values; choose a plain type such as F16")

@@ -24,6 +24,6 @@ pub use ops::{
     RopeTable, add, gelu, gelu_tanh, gelu_tanh_mul, layer_norm, rms_norm, rope_halves,
     rope_interleaved, silu_mul, softcap, softmax,
 };
-pub use packed::PackedMatrix;
+pub use packed::{PackedMatrix, Runs};
 pub use pool::Pool;
 pub use quants::{dequantize, quantize};

@@ -8,8 +8,14 @@
 //! `a = fma(sum, scale_w * scale_a, a)` and `b = fma(min_w, scale_a * Σq, b)`
 //! (for K kinds `b = fma(Σ min·Σq, min_w * scale_a, b)`),
 //!
-//! and the element is `a + b` (K kinds `a − b`; `a` alone without minimums).
-//! Against plain weights the element is one `fma` chain in ascending k. Each tier
+//! and the element is `a + b` (K kinds `a − b`; `a` alone without minimums). A zero
+//! point is taken off in integers, `sum = Σ code·q − zero·Σq`. Where a matrix has
+//! an order of its own along k, activations are put in that order first, and
+//! "ascending" means its places.
+//! Against plain weights the element is one `fma` chain in ascending k; 8-bit floats
+//! have two chains for each run, of its even and of its odd places, and runs join by
+//! `a = fma(even + odd, scale, a)`; of E4M3 the chains are in units of 256 and the
+//! scale is taken 256-fold, which is exact. Each tier
 //! follows that order, so an element has one value, whatever computes it; but for
 //! 16-bit floats on AMX, whose order is in `amx.rs`.
 //!
@@ -75,6 +81,8 @@ struct Rows<'a> {
     blocks: &'a [Activation],
     parts: &'a [u16],
     k: usize,
+    /// Values along k that share a head in the weights.
+    run: usize,
 }
 
 /// Where a kernel writes: `cols` columns of each row, rows `stride` apart.
@@ -108,7 +116,7 @@ macro_rules! by_rows {
 #[cfg(target_arch = "x86_64")]
 macro_rules! by_format {
     ($f:expr, $name:ident, $call:expr) => {
-        by_format!(@ $f, $name, $call, 0 1 2 3 4 5 6 7 8 9 10)
+        by_format!(@ $f, $name, $call, 0 1 2 3 4 5 6 7 8 9 10 11 12 13)
     };
     (@ $f:expr, $name:ident, $call:expr, $($i:literal)*) => {
         match $f {
@@ -129,15 +137,14 @@ fn check_quantized(f: usize, data: &[u8], rows: Rows, range: &std::ops::Range<us
     let blocks = rows.k / BLOCK;
     assert!(rows.codes.len() >= range.end * rows.k && rows.k.is_multiple_of(BLOCK));
     assert!(rows.blocks.len() >= range.end * blocks);
-    assert_eq!(data.len(), FORMATS[f].heads_bytes(blocks) + blocks * FORMATS[f].code_bytes());
+    assert_eq!(data.len(), Kind::Quantized(f).group_bytes(rows.k, rows.run));
 }
 
 /// What kernels of plain weights lean on.
 #[cfg(target_arch = "x86_64")]
 fn check_plain(kind: Kind, data: &[u8], rows: Rows, range: &std::ops::Range<usize>) {
     assert!(rows.x.len() >= range.end * rows.k);
-    let width = if kind == Kind::F32 { 64 } else { 32 };
-    assert_eq!(data.len(), rows.k * width);
+    assert_eq!(data.len(), kind.group_bytes(rows.k, rows.run));
 }
 
 /// `out = x · wᵀ`: x is `[m, k]`, w `[n, k]`, out `[m, n]`, all row-major.
@@ -184,16 +191,25 @@ pub(crate) fn matmul_on(
     if m == 0 {
         return;
     }
+    // Matrices that share an order share the activations put in it.
+    for ws in ws.chunk_by_mut(|a, b| a.0.order() == b.0.order()) {
+        ordered(isa, pool, x, m, ws);
+    }
+}
+
+/// [`matmul_on`] of matrices that have one order along k.
+fn ordered(isa: Isa, pool: &Pool, x: &[f32], m: usize, ws: &mut [(&PackedMatrix, &mut [f32])]) {
+    let Some((k, order)) = ws.first().map(|w| (w.0.k(), w.0.order())) else { return };
     SCRATCH.with_borrow_mut(|scratch| {
         if ws.iter().any(|w| matches!(w.0.kind(), Kind::Quantized(_))) {
-            quantize_rows(isa, pool, x, m, k, scratch);
+            quantize_rows(isa, pool, x, m, k, order, scratch);
         }
         #[cfg(target_arch = "x86_64")]
         if isa == Isa::Amx && ws.iter().any(|w| matches!(w.0.kind(), Kind::F16 | Kind::BF16)) {
             // SAFETY: the tier has AVX-512 BF16.
             unsafe { amx::split(pool, x, m, k, &mut scratch.parts) };
         }
-        let rows = Rows { x, codes: &scratch.codes, blocks: &scratch.blocks, parts: &scratch.parts, k };
+        let rows = Rows { x, codes: &scratch.codes, blocks: &scratch.blocks, parts: &scratch.parts, k, run: k };
         let outs: Vec<_> = ws.iter_mut().map(|w| SendPtr(w.1.as_mut_ptr())).collect();
         let total: usize = ws.iter().map(|w| w.0.groups()).sum();
         // Several tasks a thread, so that a late thread costs little.
@@ -234,7 +250,7 @@ unsafe fn product(
     range: std::ops::Range<usize>,
     out: *mut f32,
 ) {
-    let n = w.n();
+    let (n, rows) = (w.n(), Rows { run: w.run(), ..rows });
     for g in groups {
         let cols = (n - g * GROUP).min(GROUP);
         // SAFETY: the caller's promise, for the rows from the range's first on.
@@ -289,16 +305,16 @@ fn reference(f: usize, data: &[u8], rows: Rows, range: std::ops::Range<usize>, o
         for col in 0..out.cols {
             let (mut a, mut b) = (0f32, 0f32);
             for (at, (q, act)) in codes.chunks_exact(BLOCK).zip(meta).enumerate() {
-                let w = Block::at(f, data, blocks, at);
+                let w = Block::at(f, data, blocks, rows.run, at);
                 let half = |half: usize| {
                     let q = q[half * 16..][..16].iter().enumerate();
                     let dot: i32 = q.map(|(i, &q)| w.code(col, half * 16 + i) * i32::from(q)).sum();
                     dot * w.sub(col, half)
                 };
-                let sum = half(0) + half(1);
+                let sum = half(0) + half(1) - w.zero(col) * (act.halves[0] + act.halves[1]);
                 a = (sum as f32).mul_add(w.scale(col) * act.scale, a);
                 b = match f.min {
-                    Per::Nothing => b,
+                    Per::Nothing | Per::Zero => b,
                     Per::Block => w.min(col).mul_add(act.sum, b),
                     _ => {
                         let sum = w.sub_min(col, 0) * act.halves[0] + w.sub_min(col, 1) * act.halves[1];
@@ -307,7 +323,7 @@ fn reference(f: usize, data: &[u8], rows: Rows, range: std::ops::Range<usize>, o
                 };
             }
             out.set(i, col, match f.min {
-                Per::Nothing => a,
+                Per::Nothing | Per::Zero => a,
                 Per::Block => a + b,
                 _ => a - b,
             });
@@ -315,19 +331,41 @@ fn reference(f: usize, data: &[u8], rows: Rows, range: std::ops::Range<usize>, o
     }
 }
 
-/// Plain weights: one chain of fused multiply-adds a sum, in ascending k.
+/// Plain weights: one chain of fused multiply-adds a sum, in ascending k; of 8-bit
+/// floats two a run.
 fn plain_reference(kind: Kind, data: &[u8], rows: Rows, range: std::ops::Range<usize>, out: Out) {
+    let (heads, data) = data.split_at(kind.heads_bytes(rows.k, rows.run));
+    let step = data.len() / rows.k;
     for (i, r) in range.enumerate() {
         let x = &rows.x[r * rows.k..][..rows.k];
         for col in 0..out.cols {
-            let steps = x.iter().zip(data.chunks_exact(data.len() / rows.k));
-            let sum = steps.fold(0f32, |s, (x, step)| x.mul_add(packed::plain(kind, step, col), s));
+            let chain = |x: &[f32], data: &[u8], first: usize, by: usize| {
+                let steps = x.iter().zip(data.chunks_exact(step)).skip(first).step_by(by);
+                steps.fold(0f32, |s, (x, step)| x.mul_add(packed::plain(kind, step, col), s))
+            };
+            let sum = if heads.is_empty() {
+                chain(x, data, 0, 1)
+            } else {
+                let runs = x.chunks(rows.run).zip(data.chunks(rows.run * step)).enumerate();
+                runs.fold(0f32, |a, (run, (x, data))| {
+                    let scale = packed::float_at(heads, run * GROUP + col) * kind.unit();
+                    (chain(x, data, 0, 2) + chain(x, data, 1, 2)).mul_add(scale, a)
+                })
+            };
             out.set(i, col, sum);
         }
     }
 }
 
-fn quantize_rows(isa: Isa, pool: &Pool, x: &[f32], m: usize, k: usize, to: &mut Quantized) {
+fn quantize_rows(
+    isa: Isa,
+    pool: &Pool,
+    x: &[f32],
+    m: usize,
+    k: usize,
+    order: Option<&[u32]>,
+    to: &mut Quantized,
+) {
     let blocks = m * k / BLOCK;
     to.codes.resize(m * k, 0);
     to.blocks.resize(blocks, Activation::default());
@@ -343,14 +381,24 @@ fn quantize_rows(isa: Isa, pool: &Pool, x: &[f32], m: usize, k: usize, to: &mut 
                 std::slice::from_raw_parts_mut(meta.get().add(from), len),
             )
         };
-        let x = &x[from * BLOCK..][..len * BLOCK];
-        match isa {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: `Isa::available` found the features.
-            Isa::Vnni | Isa::Amx => unsafe { avx512::quantize(x, codes, meta) },
-            isa => quantize_blocks(isa, x, codes, meta),
+        let Some(order) = order else {
+            return quantize(isa, &x[from * BLOCK..][..len * BLOCK], codes, meta);
+        };
+        for (i, (codes, meta)) in codes.chunks_exact_mut(BLOCK).zip(meta.chunks_exact_mut(1)).enumerate() {
+            let (row, at) = ((from + i) * BLOCK / k, (from + i) * BLOCK % k);
+            let block: [f32; BLOCK] = std::array::from_fn(|i| x[row * k + order[at + i] as usize]);
+            quantize(isa, &block, codes, meta);
         }
     });
+}
+
+fn quantize(isa: Isa, x: &[f32], codes: &mut [i8], meta: &mut [Activation]) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `Isa::available` found the features.
+        Isa::Vnni | Isa::Amx => unsafe { avx512::quantize(x, codes, meta) },
+        isa => quantize_blocks(isa, x, codes, meta),
+    }
 }
 
 tiered! {
@@ -386,7 +434,7 @@ fn quantize_body(x: &[f32], codes: &mut [i8], meta: &mut [Activation]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{dequantize, quantize};
+    use crate::{Runs, dequantize, quantize};
     use ashlar_core::DType;
     use proptest::prelude::*;
 
@@ -446,16 +494,87 @@ mod tests {
         x.iter().map(|v| v.to_bits()).collect()
     }
 
+    /// A matrix and the values its file says it has.
+    struct Made {
+        name: String,
+        dtype: DType,
+        w: PackedMatrix,
+        values: Vec<f32>,
+    }
+
+    /// One of every kind: from rows of blocks, and in runs.
+    fn made(n: usize, blocks: usize, seed: u64) -> Vec<Made> {
+        let of_rows = TYPES.map(|dtype| {
+            let k = blocks * dtype.block_len().max(32);
+            let bytes = rows(dtype, n, k, seed);
+            let mut values = vec![0.0; n * k];
+            dequantize(dtype, &bytes, &mut values).unwrap();
+            let w = PackedMatrix::from_rows(dtype, n, k, &bytes).unwrap();
+            Made { name: format!("{dtype:?}"), dtype, w, values }
+        });
+        let mut all = Vec::from(of_rows);
+        for (i, len) in [32, 64, 96, 128, 4096].into_iter().enumerate() {
+            let seed = seed + i as u64;
+            all.push(in_runs(DType::U4, n, blocks * 96, len, seed, true));
+            all.push(in_runs(DType::U4, n, blocks * 64, len, seed, false));
+            all.push(in_runs(DType::U8, n, blocks * 64, len, seed, false));
+            all.push(in_runs(DType::F8_E4M3, n, blocks * 64 + 5, len + i, seed, false));
+            all.push(in_runs(DType::F8_E5M2, n, blocks * 64 + 5, len + i, seed, false));
+        }
+        all
+    }
+
+    /// Random codes in runs of `len`; `halves` rounds scales to `f16`.
+    fn in_runs(dtype: DType, n: usize, k: usize, len: usize, seed: u64, halves: bool) -> Made {
+        let floats = matches!(dtype, DType::F8_E4M3 | DType::F8_E5M2);
+        let random = noise(n * k, seed);
+        let codes: Vec<u8> = random.iter().map(|v| match dtype {
+            DType::U4 => (v * 8.0 + 8.0) as u8,
+            DType::U8 => (v * 128.0 + 128.0) as u8,
+            // Finite ones of all sizes.
+            _ => (v.abs() * 120.0) as u8 | if *v < 0.0 { 0x80 } else { 0 },
+        }).collect();
+        let per_row = k.div_ceil(len);
+        let scales: Vec<f32> = noise(n * per_row, seed + 1).iter().map(|v| match (floats, halves) {
+            (true, _) => v / 256.0,
+            (_, true) => half::f16::from_f32(v / 8.0).to_f32(),
+            _ => v / 64.0,
+        }).collect();
+        let top = if dtype == DType::U4 { 16.0 } else { 256.0 };
+        let zeros = noise(n * per_row, seed + 2).into_iter().map(|v| ((v + 1.0) * 0.5 * top).round() as i16);
+        let zeros: Vec<i16> = if floats { Vec::new() } else { zeros.collect() };
+        let order = (!floats && seed % 2 == 1).then(|| {
+            let mut order: Vec<u32> = (0..k as u32).collect();
+            order.sort_by(|&a, &b| random[a as usize].total_cmp(&random[b as usize]));
+            order.into_boxed_slice()
+        });
+        let mut values = vec![0.0; n * k];
+        for (i, &code) in codes.iter().enumerate() {
+            let (row, at) = (i / k, i % k);
+            let run = row * per_row + at / len;
+            let mut decoded = [0.0];
+            let code = match floats {
+                true => dequantize(dtype, &[code], &mut decoded).map(|()| decoded[0]).unwrap(),
+                false => f32::from(i16::from(code) - zeros[run]),
+            };
+            values[row * k + order.as_ref().map_or(at, |o| o[at] as usize)] = scales[run] * code;
+        }
+        let runs = Runs { len, scales, zeros, order };
+        let w = PackedMatrix::read_runs::<crate::KernelError>(&Pool::new(2), dtype, n, k, runs, |i, to| {
+            to.copy_from_slice(&codes[i * k..][..to.len()]);
+            Ok(())
+        });
+        Made { name: format!("{dtype:?} in runs of {len} of {k}"), dtype, w: w.unwrap(), values }
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
         #[test]
         fn a_row_has_one_value_on_every_tier_batch_and_thread_count(
             m in prop_oneof![1usize..11, 15usize..40], n in 1usize..40, blocks in 1usize..5, seed in 0u64..1000,
         ) {
-            for dtype in TYPES {
-                let k = blocks * dtype.block_len().max(32);
-                let bytes = rows(dtype, n, k, seed);
-                let w = PackedMatrix::from_rows(dtype, n, k, &bytes).unwrap();
+            for Made { name, dtype, w, .. } in made(n, blocks, seed) {
+                let k = w.k();
                 let mut x = noise(m * k, seed + 1);
                 x[k / 2] *= 40.0;
                 let mut want = vec![0.0; m * n];
@@ -463,6 +582,7 @@ mod tests {
                 for (x, out) in x.chunks(k).zip(want.chunks_mut(n)) {
                     matmul_on(Isa::Reference, &one, x, 1, &mut [(&w, out)]);
                 }
+                let other = PackedMatrix::from_rows(DType::F32, 1, k, &vec![0; 4 * k]).unwrap();
                 for isa in tiers() {
                     let mut want = want.clone();
                     if own_bits(isa, dtype) {
@@ -471,10 +591,12 @@ mod tests {
                         }
                     }
                     for threads in [1, 2, 3] {
-                        let (mut got, mut twin) = (vec![0.0; m * n], vec![0.0; m * n]);
-                        matmul_on(isa, &Pool::new(threads), &x, m, &mut [(&w, &mut got), (&w, &mut twin)]);
-                        prop_assert_eq!(bits(&got), bits(&want), "{:?} {:?} {} threads", dtype, isa, threads);
+                        let (mut got, mut twin, mut zero) = (vec![0.0; m * n], vec![0.0; m * n], vec![1.0; m]);
+                        let mut ws = [(&w, &mut got[..]), (&other, &mut zero[..]), (&w, &mut twin[..])];
+                        matmul_on(isa, &Pool::new(threads), &x, m, &mut ws);
+                        prop_assert_eq!(bits(&got), bits(&want), "{} {:?} {} threads", name, isa, threads);
                         prop_assert_eq!(bits(&twin), bits(&want));
+                        prop_assert!(zero.iter().all(|v| *v == 0.0));
                     }
                 }
             }
@@ -482,6 +604,29 @@ mod tests {
 
         #[test]
         fn packed_rows_and_products_agree_with_the_file(n in 1usize..20, seed in 0u64..1000) {
+            for Made { name, w, values, .. } in made(n, 2, seed) {
+                let k = w.k();
+                let mut row = vec![0.0; k];
+                for i in 0..n {
+                    w.dequantize_row(i, &mut row);
+                    // By value: the two may give zeros of either sign.
+                    prop_assert_eq!(&row, &values[i * k..][..k], "{}", name);
+                }
+                let x = noise(k, seed + 9);
+                let mut out = vec![0.0; n];
+                matmul(&Pool::new(1), &x, 1, &w, &mut out);
+                for (i, got) in out.iter().enumerate() {
+                    let pairs = || x.iter().zip(&values[i * k..]);
+                    let want: f64 = pairs().map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                    // Half a step of int8 on each activation, at worst all one way.
+                    let room: f64 = pairs().map(|(_, b)| f64::from(b.abs()) / 254.0).sum::<f64>() + 1e-4;
+                    prop_assert!((f64::from(*got) - want).abs() <= room, "{name}: {got} for {want}");
+                }
+            }
+        }
+
+        #[test]
+        fn rows_read_piece_by_piece_pack_as_whole_ones_do(n in 1usize..20, seed in 0u64..1000) {
             for dtype in TYPES {
                 let k = 256;
                 let bytes = rows(dtype, n, k, seed);
@@ -493,26 +638,42 @@ mod tests {
                 let w = w.unwrap();
                 let whole = PackedMatrix::from_rows(dtype, n, k, &bytes).unwrap();
                 prop_assert!((0..w.groups()).all(|g| w.group(g) == whole.group(g)), "{:?}", dtype);
-                let mut plain = vec![0.0; n * k];
-                dequantize(dtype, &bytes, &mut plain).unwrap();
-                let mut row = vec![0.0; k];
-                for i in 0..n {
-                    w.dequantize_row(i, &mut row);
-                    // By value: the two may give zeros of either sign.
-                    prop_assert_eq!(&row, &plain[i * k..][..k], "{:?}", dtype);
-                }
-                let x = noise(k, seed + 9);
-                let mut out = vec![0.0; n];
-                matmul(&Pool::new(1), &x, 1, &w, &mut out);
-                for (i, got) in out.iter().enumerate() {
-                    let pairs = || x.iter().zip(&plain[i * k..]);
-                    let want: f64 = pairs().map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-                    // Half a step of int8 on each activation, at worst all one way.
-                    let room: f64 = pairs().map(|(_, b)| f64::from(b.abs()) / 254.0).sum::<f64>() + 1e-4;
-                    prop_assert!((f64::from(*got) - want).abs() <= room, "{dtype:?}: {got} for {want}");
-                }
             }
         }
+    }
+
+    #[test]
+    fn runs_that_do_not_fit_are_refused() {
+        use crate::KernelError as E;
+        let (n, k) = (3, 64);
+        let good = Runs { len: 32, scales: vec![1.0; 6], zeros: vec![8; 6], order: None };
+        let pack = |dtype, k, runs: Runs, byte: u8| {
+            PackedMatrix::read_runs::<E>(&Pool::new(1), dtype, n, k, runs, |i, to| {
+                assert!(i * k + to.len() <= n * k);
+                to.fill(byte);
+                Ok(())
+            })
+        };
+        pack(DType::U4, k, good.clone(), 15).unwrap();
+        let with = |change: &dyn Fn(&mut Runs)| {
+            let mut runs = good.clone();
+            change(&mut runs);
+            pack(DType::U4, k, runs, 0).unwrap_err()
+        };
+        assert!(matches!(with(&|r| r.len = 0), E::Runs { need: 1, got: 0, .. }));
+        assert!(matches!(with(&|r| r.len = 48), E::Runs { need: 0, got: 16, .. }));
+        assert!(matches!(with(&|r| r.len = 64), E::Runs { what: "scales", need: 3, got: 6 }));
+        assert!(matches!(with(&|r| r.zeros.clear()), E::Runs { what: "zero points", need: 6, got: 0 }));
+        assert!(matches!(with(&|r| r.zeros[5] = 17), E::Runs { need: 16, got: 17, .. }));
+        assert!(matches!(with(&|r| r.zeros[5] = -1), E::Runs { need: 16, got: 1, .. }));
+        for order in [vec![0; 64], (1..65).collect(), (0..63).collect(), (0..64).chain([1]).collect::<Vec<u32>>()] {
+            assert!(matches!(with(&|r| r.order = Some(order.clone().into())), E::Runs { need: 64, .. }), "{order:?}");
+        }
+        assert!(matches!(pack(DType::U4, 40, good.clone(), 0), Err(E::Ragged { values: 40, .. })));
+        assert!(matches!(pack(DType::I8, k, good.clone(), 0), Err(E::Unsupported { .. } | E::Runs { .. })));
+        let floats = Runs { zeros: Vec::new(), ..good };
+        pack(DType::F8_E4M3, k, floats.clone(), 0xfe).unwrap();
+        assert!(matches!(pack(DType::F8_E4M3, k, floats, 0xff), Err(E::NotANumber { row: 0 })));
     }
 
     #[test]
@@ -539,11 +700,20 @@ mod tests {
         // Beyond any cache, as a model's layers are.
         let (layers, n, k) = (40, 1536, 1536);
         let pool = Pool::new(std::env::var("THREADS").map_or(1, |t| t.parse().unwrap()));
-        for dtype in [DType::Q4_0, DType::Q5_0, DType::Q8_0, DType::Q4_K, DType::Q6_K, DType::F16] {
+        let of_rows = [DType::Q4_0, DType::Q5_0, DType::Q8_0, DType::Q4_K, DType::Q6_K, DType::F16].map(|dtype| {
             let bytes = rows(dtype, n, k, 1);
-            let ws: Vec<_> = (0..layers).map(|_| PackedMatrix::from_rows(dtype, n, k, &bytes).unwrap()).collect();
+            let one = move || PackedMatrix::from_rows(dtype, n, k, &bytes).unwrap();
+            (format!("{dtype:?}"), Box::new(one) as Box<dyn Fn() -> PackedMatrix>)
+        });
+        let of_runs = [(DType::U4, 128, 0), (DType::U4, 128, 1), (DType::U8, 128, 0), (DType::F8_E4M3, 128, 0), (DType::F8_E5M2, k, 0)];
+        let of_runs = of_runs.map(|(dtype, len, seed)| {
+            let one = move || in_runs(dtype, n, k, len, seed, true).w;
+            (format!("{dtype:?} in runs of {len}, order {seed}"), Box::new(one) as Box<dyn Fn() -> PackedMatrix>)
+        });
+        for (name, one) in of_rows.into_iter().chain(of_runs) {
+            let ws: Vec<_> = (0..layers).map(|_| one()).collect();
             let size = ws.iter().map(PackedMatrix::bytes).sum::<usize>() as f64;
-            let mut line = format!("{dtype:?}:");
+            let mut line = format!("{name}:");
             for isa in Isa::available().into_iter().skip(1) {
                 for m in [1usize, 4, 16, 256] {
                     let (x, mut out) = (noise(m * k, 3), vec![0.0; m * n]);

@@ -14,10 +14,17 @@
 //!   the minimums), then for each block 16 (or twice 16, for halves of a block)
 //!   bytes of scale and as many of minimum.
 //!
-//! Plain matrices are `[group][k][16]` of `f32` or 16-bit floats.
+//! - where a matrix says itself how long a run along k is that shares a scale
+//!   ([`Runs`]), a head belongs to a run: 16 `f16` or `f32` scales, 16 `i16` zero
+//!   points.
+//!
+//! Plain matrices are `[group][k][16]` of `f32` or 16-bit floats. 8-bit floats have
+//! the 16 `f32` scales of each run before that.
 //!
 //! Every kind keeps what its file says bit for bit: a value is
-//! `scale * (code − offset) ± minimum` in the order [`crate::dequantize`] has.
+//! `scale * (code − offset) ± minimum` in the order [`crate::dequantize`] has, or
+//! `scale * (code − zero)`. A run's scales are `f16` where all of the matrix are
+//! that exactly, whatever the file has them as.
 //! What may not happen here: rounding a scale to make two kinds one.
 
 use crate::{KernelError, Pool, quants};
@@ -70,20 +77,30 @@ pub(crate) enum Per {
     Sub32,
     /// `f16` a run of 256, times a byte a half block of 16.
     Sub16,
+    /// `f16` a run of the matrix's own length.
+    Run16,
+    /// `f32` a run of the matrix's own length.
+    Run32,
+    /// As a minimum: `i16` a run, taken off each code.
+    Zero,
 }
 
 impl Per {
     /// Bytes of factors a column has in a head of a run (K kinds) or a block.
-    const fn factor(self) -> usize {
-        if matches!(self, Self::Nothing) { 0 } else { 2 }
+    pub(crate) const fn factor(self) -> usize {
+        match self {
+            Self::Nothing => 0,
+            Self::Run32 => 4,
+            _ => 2,
+        }
     }
 
     /// Sub-scales a column has in a block.
     pub(crate) const fn subs(self) -> usize {
         match self {
-            Self::Nothing | Self::Block => 0,
             Self::Sub32 => 1,
             Self::Sub16 => 2,
+            _ => 0,
         }
     }
 }
@@ -109,6 +126,10 @@ pub(crate) enum Kind {
     F16,
     /// The upper half of `f32`.
     BF16,
+    /// 8-bit floats with scales.
+    E4M3,
+    /// The upper half of `f16`, with scales.
+    E5M2,
 }
 
 const fn format(codes: Codes, offset: i32, scale: Per, min: Per) -> Format {
@@ -120,8 +141,8 @@ pub(crate) const TYPES: [DType; 11] = [
     DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q8_0, DType::IQ4_NL,
     DType::Q2_K, DType::Q3_K, DType::Q4_K, DType::Q5_K, DType::Q6_K,
 ];
-/// In the order of [`TYPES`].
-pub(crate) const FORMATS: [Format; 11] = [
+/// In the order of [`TYPES`], then those of [`Runs`].
+pub(crate) const FORMATS: [Format; 14] = [
     format(Codes::Nibble, 8, Per::Block, Per::Nothing),
     format(Codes::Nibble, 0, Per::Block, Per::Block),
     format(Codes::Five, 16, Per::Block, Per::Nothing),
@@ -133,7 +154,15 @@ pub(crate) const FORMATS: [Format; 11] = [
     format(Codes::Nibble, 0, Per::Sub32, Per::Sub32),
     format(Codes::Five, 0, Per::Sub32, Per::Sub32),
     format(Codes::Six, 32, Per::Sub16, Per::Nothing),
+    format(Codes::Nibble, 0, Per::Run16, Per::Zero),
+    format(Codes::Nibble, 0, Per::Run32, Per::Zero),
+    format(Codes::Byte, 128, Per::Run32, Per::Zero),
 ];
+/// Of [`FORMATS`], what four-bit codes in runs become, with `f16` or `f32` scales,
+/// and what bytes become.
+const NIBBLES_16: usize = 11;
+const NIBBLES_32: usize = 12;
+const BYTES_32: usize = 13;
 
 impl Format {
     /// Whether scales come in runs of 256.
@@ -166,10 +195,19 @@ impl Format {
         self.factor_bytes() + if self.is_super() { SUPER * self.sub_bytes() } else { 0 }
     }
 
+    /// How many blocks share a head, as a power of two, in a matrix with runs of
+    /// `run` values.
+    pub(crate) const fn span(self, run: usize) -> u32 {
+        match self.scale {
+            Per::Run16 | Per::Run32 => (run / BLOCK).trailing_zeros(),
+            _ if self.is_super() => SUPER.trailing_zeros(),
+            _ => 0,
+        }
+    }
+
     /// Bytes of a group's heads, padded.
-    pub(crate) const fn heads_bytes(self, blocks: usize) -> usize {
-        let heads = if self.is_super() { blocks / SUPER } else { blocks };
-        (heads * self.head_bytes()).next_multiple_of(64)
+    pub(crate) const fn heads_bytes(self, blocks: usize, run: usize) -> usize {
+        (blocks.div_ceil(1 << self.span(run)) * self.head_bytes()).next_multiple_of(64)
     }
 }
 
@@ -189,14 +227,25 @@ impl Kind {
         }
     }
 
-    /// Bytes of one group over `k`.
-    const fn group_bytes(self, k: usize) -> usize {
+    /// Bytes of the scales before a group of 8-bit floats.
+    pub(crate) const fn heads_bytes(self, k: usize, run: usize) -> usize {
+        if matches!(self, Self::E4M3 | Self::E5M2) { k.div_ceil(run) * GROUP * 4 } else { 0 }
+    }
+
+    /// What [`plain`] has values in units of.
+    pub(crate) const fn unit(self) -> f32 {
+        if matches!(self, Self::E4M3) { quants::E4M3_UNIT } else { 1.0 }
+    }
+
+    /// Bytes of one group over `k` in runs of `run`.
+    pub(crate) const fn group_bytes(self, k: usize, run: usize) -> usize {
         match self {
             Self::Quantized(f) => {
-                FORMATS[f].heads_bytes(k / BLOCK) + k / BLOCK * FORMATS[f].code_bytes()
+                FORMATS[f].heads_bytes(k / BLOCK, run) + k / BLOCK * FORMATS[f].code_bytes()
             }
             Self::F32 => k * GROUP * 4,
             Self::F16 | Self::BF16 => k * GROUP * 2,
+            Self::E4M3 | Self::E5M2 => self.heads_bytes(k, run) + k * GROUP,
         }
     }
 }
@@ -268,7 +317,28 @@ pub struct PackedMatrix {
     k: usize,
     dtype: DType,
     kind: Kind,
+    /// Values along k that share a head, where the kind leaves that to the matrix.
+    run: usize,
+    /// Which k each place along a row is for, where they do not ascend.
+    order: Option<Box<[u32]>>,
     data: Bytes,
+}
+
+/// How the codes of a matrix get their scales: in runs along k.
+///
+/// A value is `scale * (code − zero)`, or for 8-bit floats `scale * value`.
+#[derive(Debug, Clone, Default)]
+pub struct Runs {
+    /// Values in a run, but for the last one of a row. For integer codes a multiple
+    /// of 32, or at least k.
+    pub len: usize,
+    /// `[n, k / len]`, the division rounded up.
+    pub scales: Vec<f32>,
+    /// As many zero points, at most one more than the largest code. Empty for floats.
+    pub zeros: Vec<i16>,
+    /// The k that each place along a row of codes is for, if they do not ascend: a
+    /// permutation. Integer codes only.
+    pub order: Option<Box<[u32]>>,
 }
 
 impl std::fmt::Debug for PackedMatrix {
@@ -309,7 +379,7 @@ impl PackedMatrix {
             let from = g * GROUP * row;
             pack_group(dtype, kind, k, &bytes[from..bytes.len().min(from + GROUP * row)], dst);
         });
-        Ok(Self { n, k, dtype, kind, data })
+        Ok(Self { n, k, dtype, kind, run: k, order: None, data })
     }
 
     /// [`PackedMatrix::from_rows_on`] of rows that are not in memory: `read(i, to)`
@@ -328,26 +398,81 @@ impl PackedMatrix {
         let row = row_bytes(dtype, k)?;
         let (kind, size) = packable(dtype, k)?;
         let mut data = Bytes::zeroed(n.div_ceil(GROUP) * size);
-        let groups = (SCRATCH / (GROUP * row).max(1)).max(1);
-        let failed = Mutex::new(None);
-        pool.chunks_mut(&mut data, groups * size, |task, dst| {
-            let first = task * groups * GROUP;
-            let rows = (groups * GROUP).min(n - first);
-            READ.with_borrow_mut(|src| {
-                src.resize(rows * row, 0);
-                if let Err(e) = read(first, src) {
-                    *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(e);
-                    return;
+        let pack = |_, src: &[u8], dst: &mut [u8]| {
+            pack_group(dtype, kind, k, src, dst);
+            Ok(())
+        };
+        read_groups(pool, n, row, &mut data, size, read, pack)?;
+        Ok(Self { n, k, dtype, kind, run: k, order: None, data })
+    }
+
+    /// Packs `n` rows of `k` codes that have their scales in `runs`. `read(i, to)`
+    /// fills `to` with whole rows from row `i` on, a byte a code, and is called as
+    /// in [`PackedMatrix::read_rows`]. `dtype` is U4 or U8 for unsigned integers,
+    /// F8_E4M3 or F8_E5M2.
+    ///
+    /// # Errors
+    /// Another type, k of integers that does not fill whole blocks of 32, runs that
+    /// are not as [`Runs`] says, an E4M3 byte that is not a number, and what `read`
+    /// refuses.
+    pub fn read_runs<E: From<KernelError> + Send>(
+        pool: &Pool,
+        dtype: DType,
+        n: usize,
+        k: usize,
+        runs: Runs,
+        read: impl Fn(usize, &mut [u8]) -> Result<(), E> + Sync,
+    ) -> Result<Self, E> {
+        let kind = runs.check(dtype, n, k)?;
+        let Runs { len, scales, zeros, order } = runs;
+        let run = match kind {
+            // A power of two of blocks: runs of another length are cut up.
+            Kind::Quantized(_) if len >= k => (k / BLOCK).next_power_of_two() * BLOCK,
+            Kind::Quantized(_) => BLOCK << (len / BLOCK).trailing_zeros(),
+            _ => len.min(k.max(1)),
+        };
+        let size = kind.group_bytes(k, run);
+        let mut data = Bytes::zeroed(n.div_ceil(GROUP) * size);
+        let per_row = k.div_ceil(len);
+        let pack = |first: usize, src: &[u8], dst: &mut [u8]| {
+            for (col, src) in src.chunks_exact(k.max(1)).enumerate() {
+                let row = first + col;
+                let scales = &scales[row * per_row..][..per_row];
+                let zeros = zeros.get(row * per_row..).unwrap_or_default();
+                let at = |head: usize| head * run / len;
+                let Kind::Quantized(f) = kind else {
+                    if kind == Kind::E4M3 && src.iter().any(|b| b & 0x7f == quants::E4M3_NAN) {
+                        return Err(KernelError::NotANumber { row });
+                    }
+                    let (heads, values) = dst.split_at_mut(kind.heads_bytes(k, run));
+                    for (h, head) in heads.chunks_exact_mut(GROUP * 4).enumerate() {
+                        head[col * 4..][..4].copy_from_slice(&scales[at(h)].to_le_bytes());
+                    }
+                    for (v, s) in values.chunks_exact_mut(GROUP).zip(src) {
+                        v[col] = *s;
+                    }
+                    continue;
+                };
+                let f = FORMATS[f];
+                let blocks = k / BLOCK;
+                let (heads, codes) = dst.split_at_mut(f.heads_bytes(blocks, run));
+                let heads = heads.chunks_exact_mut(f.head_bytes()).take(blocks.div_ceil(1 << f.span(run)));
+                for (h, head) in heads.enumerate() {
+                    let (scale, zero) = (scales[at(h)], zeros[at(h)] - f.offset as i16);
+                    match f.scale {
+                        Per::Run16 => head[col * 2..][..2].copy_from_slice(&f16::from_f32(scale).to_le_bytes()),
+                        _ => head[col * 4..][..4].copy_from_slice(&scale.to_le_bytes()),
+                    }
+                    head[GROUP * f.scale.factor() + col * 2..][..2].copy_from_slice(&zero.to_le_bytes());
                 }
-                for (src, dst) in src.chunks((GROUP * row).max(1)).zip(dst.chunks_exact_mut(size.max(1))) {
-                    pack_group(dtype, kind, k, src, dst);
+                for (src, dst) in src.chunks_exact(BLOCK).zip(codes.chunks_exact_mut(f.code_bytes())) {
+                    pack_codes(f, src, col, dst);
                 }
-            });
-        });
-        match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            Some(e) => Err(e),
-            None => Ok(Self { n, k, dtype, kind, data }),
-        }
+            }
+            Ok(())
+        };
+        read_groups(pool, n, k, &mut data, size, read, pack)?;
+        Ok(Self { n, k, dtype, kind, run, order, data })
     }
 
     /// Rows: the width of the product.
@@ -374,13 +499,23 @@ impl PackedMatrix {
         self.kind
     }
 
+    /// Values along k that share a head, where the kind leaves that to the matrix.
+    pub(crate) fn run(&self) -> usize {
+        self.run
+    }
+
+    /// Which k each place along a row is for, where they do not ascend.
+    pub(crate) fn order(&self) -> Option<&[u32]> {
+        self.order.as_deref()
+    }
+
     pub(crate) fn groups(&self) -> usize {
         self.n.div_ceil(GROUP)
     }
 
     /// The bytes of group `g`.
     pub(crate) fn group(&self, g: usize) -> &[u8] {
-        let size = self.kind.group_bytes(self.k);
+        let size = self.kind.group_bytes(self.k, self.run);
         &self.data[g * size..][..size]
     }
 
@@ -395,11 +530,18 @@ impl PackedMatrix {
         match self.kind {
             Kind::Quantized(f) => {
                 let f = FORMATS[f];
-                for (b, out) in out.chunks_exact_mut(BLOCK).enumerate() {
-                    let block = Block::at(f, data, self.k / BLOCK, b);
-                    for (i, o) in out.iter_mut().enumerate() {
-                        *o = block.value(col, i);
+                for b in 0..self.k / BLOCK {
+                    let block = Block::at(f, data, self.k / BLOCK, self.run, b);
+                    for i in 0..BLOCK {
+                        let at = b * BLOCK + i;
+                        out[self.order().map_or(at, |order| order[at] as usize)] = block.value(col, i);
                     }
+                }
+            }
+            kind @ (Kind::E4M3 | Kind::E5M2) => {
+                let (heads, values) = data.split_at(kind.heads_bytes(self.k, self.run));
+                for (i, (v, o)) in values.chunks_exact(GROUP).zip(out).enumerate() {
+                    *o = plain(kind, v, col) * kind.unit() * float_at(heads, i / self.run * GROUP + col);
                 }
             }
             kind => {
@@ -420,13 +562,12 @@ pub(crate) struct Block<'a> {
 }
 
 impl<'a> Block<'a> {
-    /// Block `b` of `blocks` in a group's bytes.
-    pub(crate) fn at(f: Format, group: &'a [u8], blocks: usize, b: usize) -> Self {
-        let (heads, codes) = group.split_at(f.heads_bytes(blocks));
-        let (run, within) = if f.is_super() { (b / SUPER, b % SUPER) } else { (b, 0) };
-        let head = &heads[run * f.head_bytes()..][..f.head_bytes()];
+    /// Block `b` of `blocks` in the bytes of a group with runs of `run` values.
+    pub(crate) fn at(f: Format, group: &'a [u8], blocks: usize, run: usize, b: usize) -> Self {
+        let (heads, codes) = group.split_at(f.heads_bytes(blocks, run));
+        let head = &heads[(b >> f.span(run)) * f.head_bytes()..][..f.head_bytes()];
         let (factors, subs) = head.split_at(f.factor_bytes());
-        let subs = &subs[within * f.sub_bytes()..][..f.sub_bytes()];
+        let subs = &subs[b % SUPER * f.sub_bytes()..][..f.sub_bytes()];
         Self { f, factors, subs, codes: &codes[b * f.code_bytes()..][..f.code_bytes()] }
     }
 
@@ -434,9 +575,18 @@ impl<'a> Block<'a> {
         f16::from_le_bytes([self.factors[index * 2], self.factors[index * 2 + 1]]).to_f32()
     }
 
-    /// A column's `f16` scale.
+    /// A column's `f16` or `f32` scale.
     pub(crate) fn scale(&self, col: usize) -> f32 {
-        self.factor(col)
+        if self.f.scale == Per::Run32 { float_at(self.factors, col) } else { self.factor(col) }
+    }
+
+    /// A column's zero point; 0 where there is none.
+    pub(crate) fn zero(&self, col: usize) -> i32 {
+        if self.f.min != Per::Zero {
+            return 0;
+        }
+        let at = GROUP * self.f.scale.factor() + col * 2;
+        i32::from(i16::from_le_bytes([self.factors[at], self.factors[at + 1]]))
     }
 
     /// A column's `f16` minimum.
@@ -484,6 +634,7 @@ impl<'a> Block<'a> {
     fn value(&self, col: usize, i: usize) -> f32 {
         let (half, code) = (i / 16, self.code(col, i) as f32);
         match (self.f.scale, self.f.min) {
+            (_, Per::Zero) => (self.code(col, i) - self.zero(col)) as f32 * self.scale(col),
             (Per::Block, Per::Nothing) => code * self.scale(col),
             (Per::Block, _) => code * self.scale(col) + self.min(col),
             (_, Per::Nothing) => self.scale(col) * self.sub(col, half) as f32 * code,
@@ -495,17 +646,94 @@ impl<'a> Block<'a> {
     }
 }
 
-/// A plain matrix's value of one k and column.
+/// Number `i` of `f32` bytes.
+#[inline(always)]
+pub(crate) fn float_at(bytes: &[u8], i: usize) -> f32 {
+    let s = &bytes[i * 4..][..4];
+    f32::from_le_bytes([s[0], s[1], s[2], s[3]])
+}
+
+/// A plain matrix's value of one k and column, in units of [`Kind::unit`] and before
+/// its scale.
 #[inline(always)]
 pub(crate) fn plain(kind: Kind, step: &[u8], col: usize) -> f32 {
     match kind {
         Kind::F16 => f16::from_le_bytes([step[col * 2], step[col * 2 + 1]]).to_f32(),
         Kind::BF16 => bf16::from_le_bytes([step[col * 2], step[col * 2 + 1]]).to_f32(),
-        _ => {
-            let s = &step[col * 4..][..4];
-            f32::from_le_bytes([s[0], s[1], s[2], s[3]])
+        Kind::E4M3 => quants::e4m3_small(step[col]),
+        Kind::E5M2 => quants::e5m2(step[col]),
+        _ => float_at(step, col),
+    }
+}
+
+impl Runs {
+    /// What the runs of `n` rows of `k` codes become, if they are right.
+    fn check(&self, dtype: DType, n: usize, k: usize) -> Result<Kind, KernelError> {
+        let integers = matches!(dtype, DType::U4 | DType::U8);
+        let must = |what, need, got: usize, ok: bool| match ok {
+            true => Ok(()),
+            false => Err(KernelError::Runs { what, need, got }),
+        };
+        if integers && !k.is_multiple_of(BLOCK) {
+            return Err(KernelError::Ragged { dtype, values: k, block: BLOCK });
+        }
+        must("values a run", 1, self.len, self.len > 0)?;
+        let whole = !integers || self.len >= k || self.len.is_multiple_of(BLOCK);
+        must("values a run that are left over from whole blocks of 32", 0, self.len % BLOCK, whole)?;
+        let all = n.saturating_mul(k.div_ceil(self.len));
+        must("scales", all, self.scales.len(), self.scales.len() == all)?;
+        let zeros = if integers { all } else { 0 };
+        must("zero points", zeros, self.zeros.len(), self.zeros.len() == zeros)?;
+        if let Some(order) = &self.order {
+            let mut seen = vec![false; k];
+            let new = |&&i: &&u32| seen.get_mut(i as usize).is_some_and(|seen| !std::mem::replace(seen, true));
+            let got = order.iter().filter(new).count();
+            must("different places along k", k, got, integers && got == k && order.len() == k)?;
+        }
+        let most = if dtype == DType::U4 { 16 } else { 256 };
+        let odd = self.zeros.iter().find(|z| !(0..=most).contains(*z));
+        must("a zero point", most as usize, odd.map_or(0, |z| usize::from(z.unsigned_abs())), odd.is_none())?;
+        let halves = || self.scales.iter().all(|&s| f16::from_f32(s).to_f32().to_bits() == s.to_bits());
+        match dtype {
+            DType::U4 if halves() => Ok(Kind::Quantized(NIBBLES_16)),
+            DType::U4 => Ok(Kind::Quantized(NIBBLES_32)),
+            DType::U8 => Ok(Kind::Quantized(BYTES_32)),
+            DType::F8_E4M3 => Ok(Kind::E4M3),
+            DType::F8_E5M2 => Ok(Kind::E5M2),
+            _ => Err(KernelError::Unsupported { action: "packing runs of", dtype }),
         }
     }
+}
+
+/// Reads `n` rows of `row` bytes for some [`SCRATCH`] bytes at a time and has `pack`
+/// put each group of them, from its first row's number on, into its `size` bytes.
+fn read_groups<E: From<KernelError> + Send>(
+    pool: &Pool,
+    n: usize,
+    row: usize,
+    data: &mut [u8],
+    size: usize,
+    read: impl Fn(usize, &mut [u8]) -> Result<(), E> + Sync,
+    pack: impl Fn(usize, &[u8], &mut [u8]) -> Result<(), KernelError> + Sync,
+) -> Result<(), E> {
+    let groups = (SCRATCH / (GROUP * row).max(1)).max(1);
+    let failed = Mutex::new(None);
+    pool.chunks_mut(data, groups * size, |task, dst| {
+        let first = task * groups * GROUP;
+        let rows = (groups * GROUP).min(n - first);
+        READ.with_borrow_mut(|src| {
+            src.resize(rows * row, 0);
+            let mut done = read(first, src);
+            let each = src.chunks((GROUP * row).max(1)).zip(dst.chunks_exact_mut(size.max(1)));
+            for (g, (src, dst)) in each.enumerate() {
+                done = done.and_then(|()| Ok(pack(first + g * GROUP, src, dst)?));
+            }
+            if let Err(e) = done {
+                *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(e);
+            }
+        });
+    });
+    failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
 /// Bytes of a row of `k` values.
@@ -520,7 +748,7 @@ fn packable(dtype: DType, k: usize) -> Result<(Kind, usize), KernelError> {
         // What may fail in a row depends on the type alone.
         quants::dequantize(dtype, &[], &mut [])?;
     }
-    Ok((kind, kind.group_bytes(k)))
+    Ok((kind, kind.group_bytes(k, k)))
 }
 
 /// Packs at most sixteen rows of a file.
@@ -533,14 +761,6 @@ fn pack_group(dtype: DType, kind: Kind, k: usize, src: &[u8], dst: &mut [u8]) {
 /// Writes one row of a file as column `col` of a group.
 fn pack_row(dtype: DType, kind: Kind, k: usize, src: &[u8], col: usize, dst: &mut [u8]) {
     match kind {
-        Kind::F32 => {
-            let mut plain = vec![0.0; k];
-            // The caller tried the type, and a row has its length.
-            let _ = quants::dequantize(dtype, src, &mut plain);
-            for (d, v) in dst.chunks_exact_mut(4 * GROUP).zip(&plain) {
-                d[col * 4..][..4].copy_from_slice(&v.to_le_bytes());
-            }
-        }
         Kind::F16 | Kind::BF16 => {
             for (d, s) in dst.chunks_exact_mut(2 * GROUP).zip(src.chunks_exact(2)) {
                 d[col * 2..][..2].copy_from_slice(s);
@@ -548,17 +768,30 @@ fn pack_row(dtype: DType, kind: Kind, k: usize, src: &[u8], col: usize, dst: &mu
         }
         Kind::Quantized(f) => {
             let f = FORMATS[f];
-            let (heads, codes) = dst.split_at_mut(f.heads_bytes(k / BLOCK));
+            let (heads, codes) = dst.split_at_mut(f.heads_bytes(k / BLOCK, k));
             let span = if f.is_super() { SUPER } else { 1 };
             let heads = heads.chunks_exact_mut(f.head_bytes());
             let codes = codes.chunks_exact_mut(span * f.code_bytes());
             let mut parts = [0; BLOCK * SUPER];
             for ((s, head), codes) in src.chunks_exact(dtype.block_bytes()).zip(heads).zip(codes) {
                 pack_head(dtype, f, s, col, head);
+                if let Some((nibbles, fifths)) = quants::nibbles(dtype, s) {
+                    pack_nibbles(f, nibbles, fifths, col, codes);
+                    continue;
+                }
                 quants::codes(dtype, s, &mut parts);
                 for (part, codes) in parts.chunks_exact(BLOCK).zip(codes.chunks_exact_mut(f.code_bytes())) {
                     pack_codes(f, part, col, codes);
                 }
+            }
+        }
+        // No rows of a file become 8-bit floats by themselves.
+        Kind::F32 | Kind::E4M3 | Kind::E5M2 => {
+            let mut plain = vec![0.0; k];
+            // The caller tried the type, and a row has its length.
+            let _ = quants::dequantize(dtype, src, &mut plain);
+            for (d, v) in dst.chunks_exact_mut(4 * GROUP).zip(&plain) {
+                d[col * 4..][..4].copy_from_slice(&v.to_le_bytes());
             }
         }
     }
@@ -583,6 +816,20 @@ fn pack_head(dtype: DType, f: Format, src: &[u8], col: usize, head: &mut [u8]) {
         }
         for half in 0..f.min.subs() {
             mins[half * GROUP + col] = parts.mins[per(f.min, b, half)];
+        }
+    }
+}
+
+/// [`pack_codes`] of a file's 16 bytes, whose halves are steps 0 to 3 and 4 to 7
+/// already, and of the fifth bits.
+fn pack_nibbles(f: Format, nibbles: &[u8], fifths: u32, col: usize, dst: &mut [u8]) {
+    for (step, four) in nibbles.chunks_exact(4).enumerate() {
+        dst[step * 64 + col * 4..][..4].copy_from_slice(four);
+    }
+    if f.codes == Codes::Five {
+        for step in 0..8 {
+            let four = (fifths >> (step * 4) & 15) as u8;
+            dst[256 + step * 8 + col / 2] |= four << (col % 2 * 4);
         }
     }
 }

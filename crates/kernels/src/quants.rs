@@ -14,7 +14,7 @@ fn f16_at(block: &[u8], at: usize) -> f32 {
 
 /// Writes the values of `src` to `dst`, whose length says how many.
 ///
-/// Takes F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL and Q2_K to Q6_K.
+/// Takes F32, F16, BF16, F8_E4M3, F8_E5M2, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL and Q2_K to Q6_K.
 ///
 /// # Errors
 /// Another type, or bytes that are not exactly those of `dst.len()` values.
@@ -27,6 +27,8 @@ pub fn dequantize(dtype: DType, src: &[u8], dst: &mut [f32]) -> Result<(), Kerne
         DType::F32 => |s, d| d[0] = f32::from_le_bytes([s[0], s[1], s[2], s[3]]),
         DType::F16 => |s, d| d[0] = f16_at(s, 0),
         DType::BF16 => |s, d| d[0] = bf16::from_le_bytes([s[0], s[1]]).to_f32(),
+        DType::F8_E4M3 => |s, d| d[0] = e4m3(s[0]),
+        DType::F8_E5M2 => |s, d| d[0] = e5m2(s[0]),
         DType::Q4_0 => |s, d| {
             let scale = f16_at(s, 0);
             for i in 0..16 {
@@ -127,6 +129,31 @@ pub fn dequantize(dtype: DType, src: &[u8], dst: &mut [f32]) -> Result<(), Kerne
     Ok(())
 }
 
+/// The exponent of E4M3 as half precision reads it is 8 too small.
+pub(crate) const E4M3_UNIT: f32 = 256.0;
+/// What is not a number in E4M3, but for its sign. There is no infinity.
+pub(crate) const E4M3_NAN: u8 = 0x7f;
+
+/// The value of an E4M3 byte: half precision with its mantissa cut to three bits,
+/// less the exponent.
+pub(crate) fn e4m3(byte: u8) -> f32 {
+    if byte & 0x7f == E4M3_NAN {
+        return f32::NAN;
+    }
+    e4m3_small(byte) * E4M3_UNIT
+}
+
+/// That, divided by [`E4M3_UNIT`], and as if there were no exceptions.
+pub(crate) fn e4m3_small(byte: u8) -> f32 {
+    let byte = u16::from(byte);
+    f16::from_bits((byte & 0x80) << 8 | (byte & 0x7f) << 7).to_f32()
+}
+
+/// The value of an E5M2 byte.
+pub(crate) fn e5m2(byte: u8) -> f32 {
+    f16::from_bits(u16::from(byte) << 8).to_f32()
+}
+
 /// The sixteen values of IQ4_NL.
 pub(crate) const IQ4_NL: [i8; 16] =
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
@@ -182,19 +209,23 @@ pub(crate) fn scales(dtype: DType, s: &[u8]) -> Scales {
     out
 }
 
-/// Writes a quantized block's codes as unsigned numbers, in order: the first 32,
-/// or for K types 256.
-pub(crate) fn codes(dtype: DType, s: &[u8], out: &mut [u8; 256]) {
-    let nibbles = |out: &mut [u8], s: &[u8]| {
-        for i in 0..16 {
-            (out[i], out[i + 16]) = (s[i] & 15, s[i] >> 4);
-        }
-    };
+/// The bytes of a block of 32 that hold its low four bits, code i beside code
+/// i + 16, and its fifth bits, for types that have such.
+pub(crate) fn nibbles(dtype: DType, s: &[u8]) -> Option<(&[u8], u32)> {
+    let fifths = |at: usize| u32::from_le_bytes([s[at], s[at + 1], s[at + 2], s[at + 3]]);
     match dtype {
-        DType::Q4_0 | DType::IQ4_NL => nibbles(out, &s[2..]),
-        DType::Q4_1 => nibbles(out, &s[4..]),
-        DType::Q5_0 => out[..32].copy_from_slice(&fives(&s[2..])),
-        DType::Q5_1 => out[..32].copy_from_slice(&fives(&s[4..])),
+        DType::Q4_0 | DType::IQ4_NL => Some((&s[2..18], 0)),
+        DType::Q4_1 => Some((&s[4..20], 0)),
+        DType::Q5_0 => Some((&s[6..22], fifths(2))),
+        DType::Q5_1 => Some((&s[8..24], fifths(4))),
+        _ => None,
+    }
+}
+
+/// Writes the codes of a block of another type as unsigned numbers, in order: of
+/// Q8_0 the first 32, of K types 256.
+pub(crate) fn codes(dtype: DType, s: &[u8], out: &mut [u8; 256]) {
+    match dtype {
         DType::Q8_0 => {
             for (o, s) in out.iter_mut().zip(&s[2..34]) {
                 *o = s ^ 0x80;
@@ -234,19 +265,11 @@ fn bits(out: &mut [u8], s: &[u8], from: usize, mask: u8, to: usize) {
 
 /// The 5-bit codes of a Q5 block: 4 bytes of high bits, 16 bytes of low ones.
 pub(crate) fn fives(s: &[u8]) -> [u8; 32] {
-    let mut out = [0; 32];
-    for i in 0..16 {
-        (out[i], out[i + 16]) = (s[4 + i] & 15, s[4 + i] >> 4);
-    }
-    for (eight, high) in out.chunks_exact_mut(8).zip(s) {
-        // Bit i of a byte to byte i of eight, there to bit 7, then to bit 4.
-        let each = u64::from(*high) * 0x0101_0101_0101_0101 & 0x8040_2010_0804_0201;
-        let fifth = (each + 0x7f7f_7f7f_7f7f_7f7f & 0x8080_8080_8080_8080) >> 3;
-        for (o, f) in eight.iter_mut().zip(fifth.to_le_bytes()) {
-            *o |= f;
-        }
-    }
-    out
+    let high = u32::from_le_bytes([s[0], s[1], s[2], s[3]]);
+    std::array::from_fn(|i| {
+        let low = if i < 16 { s[4 + i] & 15 } else { s[4 + i - 16] >> 4 };
+        low | ((high >> i & 1) as u8) << 4
+    })
 }
 
 /// Scale and minimum `j` of a K block's 12 packed bytes (6 bits each).
@@ -356,6 +379,29 @@ mod tests {
         let mut d = vec![0.0; 32];
         dequantize(DType::Q5_0, &five, &mut d).unwrap();
         assert_eq!((d[17], d[1], d[0]), ((16.0 + 7.0 - 16.0) * 0.5, -8.0, -8.0));
+    }
+
+    #[test]
+    fn eight_bit_floats_are_what_their_fields_say() {
+        for byte in 0..=255u8 {
+            let sign = if byte & 0x80 == 0 { 1.0 } else { -1.0 };
+            let value = |exponent: u8, mantissa: u8, bits: i32, bias: i32| match exponent {
+                0 => sign * f32::from(mantissa) * 2f32.powi(1 - bias - bits),
+                e => sign * (1.0 + f32::from(mantissa) * 2f32.powi(-bits)) * 2f32.powi(i32::from(e) - bias),
+            };
+            let mut d = [0.0];
+            dequantize(DType::F8_E4M3, &[byte], &mut d).unwrap();
+            match byte & 0x7f {
+                0x7f => assert!(d[0].is_nan()),
+                b => assert_eq!(d[0], value(b >> 3, b & 7, 3, 7)),
+            }
+            dequantize(DType::F8_E5M2, &[byte], &mut d).unwrap();
+            match byte & 0x7f {
+                0x7c => assert_eq!(d[0], sign * f32::INFINITY),
+                0x7d.. => assert!(d[0].is_nan()),
+                b => assert_eq!(d[0], value(b >> 2, b & 3, 2, 15)),
+            }
+        }
     }
 
     #[test]

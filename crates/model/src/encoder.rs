@@ -12,6 +12,7 @@ use crate::{
     file::GgufFile,
     formats::{Gguf, Value},
     load::{Layer, Norm, Reader, weight},
+    quantized::Scheme,
     source::{self, Folder, Source},
 };
 use ashlar_kernels::{KvLayer, KvType, PackedMatrix, Pool, add, attention};
@@ -67,10 +68,11 @@ impl Encoder {
     pub fn load_with(path: &Path, pool: Arc<Pool>) -> Result<Self, ModelError> {
         if path.is_dir() {
             let folder = Folder::open(path)?;
-            let description = arch::from_hf(&folder.file(source::CONFIG)?)?;
+            let json = folder.file(source::CONFIG)?;
+            let description = arch::from_hf(&json)?;
             let pooling = if folder.has(POOLING) { pooling(&folder.file(POOLING)?)? } else { Pooling::Mean };
             let shards = folder.shards()?;
-            let source = Source::from_shards(&shards, description.1.prefix, &pool)?;
+            let source = Source::from_shards(&shards, description.1.prefix, Scheme::from_hf(&json)?, &pool)?;
             let names = ["embeddings.position_embeddings", "embeddings.token_type_embeddings"];
             return Self::build(&source, description, names, pooling, pool);
         }

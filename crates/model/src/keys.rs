@@ -15,8 +15,8 @@ use std::{cell::RefCell, collections::HashSet};
 
 /// Keys of Hugging Face's `config.json` that leave inference as it is: names,
 /// training, special tokens, storage.
-const HARMLESS: [&str; 43] = [
-    "_attn_implementation_autoset", "_name_or_path", "architectures", "bias_dropout_fusion",
+const HARMLESS: [&str; 44] = [
+    "_attn_implementation_autoset", "_model_name_or_path", "_name_or_path", "architectures", "bias_dropout_fusion",
     "attention_dropout", "attention_probs_dropout_prob", "auto_map", "bos_token_id", "cache_implementation",
     "classifier_dropout", "dtype", "embd_pdrop", "eos_token_id", "gradient_checkpointing",
     "hidden_dropout", "hidden_dropout_prob", "id2label", "initializer_range", "is_llama_config",
@@ -147,6 +147,11 @@ impl Keys {
         Ok(map.map(|map| Self::new(map.clone(), format!("{}{key}.", self.prefix))))
     }
 
+    /// All keys.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.map.keys().map(String::as_str)
+    }
+
     /// `key` may only have the value `only`, which is all this program does.
     pub(crate) fn only(&self, key: &str, only: &Json, must: &'static str) -> Result<(), ModelError> {
         match self.get(key) {
@@ -157,8 +162,13 @@ impl Keys {
 
     /// Refuses keys that were neither read nor are harmless, by name.
     pub(crate) fn finish(&self) -> Result<(), ModelError> {
+        self.finish_but(&[&HARMLESS[..], &HARMLESS_GGUF].concat())
+    }
+
+    /// [`Keys::finish`] with another list of harmless ones.
+    pub(crate) fn finish_but(&self, harmless: &[&str]) -> Result<(), ModelError> {
         let read = self.read.borrow();
-        let known = |k: &str| read.contains(k) || HARMLESS.contains(&k) || HARMLESS_GGUF.contains(&k);
+        let known = |k: &str| read.contains(k) || harmless.contains(&k);
         match self.map.iter().find(|(k, v)| !v.is_null() && !known(k)) {
             None => Ok(()),
             Some((key, value)) => {

@@ -15,6 +15,7 @@ mod footprint;
 mod forward;
 mod keys;
 mod load;
+mod quantized;
 mod rope;
 mod source;
 mod weights;

@@ -9,6 +9,7 @@ use crate::{
     arch::{self, Description, ExpertNames, GateUp, Names, Qkv},
     file::GgufFile,
     formats::Gguf,
+    quantized::Scheme,
     source::{self, Folder, Source, Tensor},
 };
 use ashlar_kernels::{AttentionSpec, PackedMatrix, Pool, RopeTable};
@@ -96,9 +97,10 @@ impl Model {
     pub fn load_with(path: &Path, pool: Arc<Pool>) -> Result<Self, ModelError> {
         if path.is_dir() {
             let folder = Folder::open(path)?;
-            let description = arch::from_hf(&folder.file(source::CONFIG)?)?;
+            let json = folder.file(source::CONFIG)?;
+            let description = arch::from_hf(&json)?;
             let shards = folder.shards()?;
-            let source = Source::from_shards(&shards, description.1.prefix, &pool)?;
+            let source = Source::from_shards(&shards, description.1.prefix, Scheme::from_hf(&json)?, &pool)?;
             return Self::build(&source, description, pool);
         }
         GgufFile::read(path, |file, gguf| Self::from_file(file, gguf, pool))?
@@ -187,9 +189,13 @@ impl Layer {
 }
 
 /// Tensors that hold no part of the model: tables that old checkpoints carry
-/// along, and rotary factors for contexts longer than those taken.
+/// along, rotary factors for contexts longer than those taken, scales to round
+/// activations by.
 fn spare(name: &str) -> bool {
-    let tail = [".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"];
+    let tail = [
+        ".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".input_scale", ".input_zero_point",
+        ".output_scale", ".k_scale", ".v_scale", ".activation_scale",
+    ];
     name == "rope_factors_long.weight" || name == "rope_factors_short.weight" || name == "rope_freqs.weight"
         || tail.iter().any(|t| name.ends_with(t))
 }
@@ -230,11 +236,10 @@ impl Reader<'_, '_> {
         bias: bool,
     ) -> Result<[Linear; N], ModelError> {
         let n = parts.iter().flatten().map(Range::len).sum();
-        let tensor = self.source.tensor(&weight(name), &[n, k])?;
         let all = bias.then(|| self.source.floats(&format!("{name}.bias"), &[n])).transpose()?;
         let one = |runs: Vec<Range<usize>>| {
             let bias = all.as_ref().map(|all| runs.iter().flat_map(|r| &all[r.clone()]).copied().collect());
-            Ok(Linear { w: self.source.pack(tensor, k, &runs)?, bias })
+            Ok(Linear { w: self.source.rows(&weight(name), n, k, &runs)?, bias })
         };
         let linears = parts.into_iter().map(one).collect::<Result<Vec<_>, ModelError>>()?;
         // As many as there were parts.

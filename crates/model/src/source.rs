@@ -7,6 +7,7 @@ use crate::{
     ModelError,
     file::{GgufFile, Opened},
     formats::{Gguf, TensorInfo, safetensors::{self, SafeTensors}},
+    quantized::Scheme,
 };
 use ashlar_core::DType;
 use ashlar_kernels::{KernelError, PackedMatrix, Pool, dequantize};
@@ -72,7 +73,7 @@ impl<'a> Tensor<'a> {
     }
 
     /// Its values, if its shape is `expected`.
-    fn floats(&self, expected: &[usize]) -> Result<Vec<f32>, ModelError> {
+    pub(crate) fn floats(&self, expected: &[usize]) -> Result<Vec<f32>, ModelError> {
         self.shaped(expected)?;
         let mut out = vec![0.0; self.shape.iter().product()];
         dequantize(self.dtype, &self.bytes()?, &mut out).map_err(|cause| self.refused(cause))?;
@@ -109,7 +110,13 @@ impl<'a> Tensor<'a> {
     }
 
     /// Fills `to` with rows of `row` bytes, from number `i` of those in `runs` on.
-    fn rows(&self, runs: &[Range<usize>], row: usize, mut i: usize, mut to: &mut [u8]) -> Result<(), ModelError> {
+    pub(crate) fn rows(
+        &self,
+        runs: &[Range<usize>],
+        row: usize,
+        mut i: usize,
+        mut to: &mut [u8],
+    ) -> Result<(), ModelError> {
         for run in runs {
             if to.is_empty() {
                 break;
@@ -128,7 +135,7 @@ impl<'a> Tensor<'a> {
 }
 
 /// Why rows were not packed.
-enum Unpacked {
+pub(crate) enum Unpacked {
     Kernel(KernelError),
     Model(ModelError),
 }
@@ -145,6 +152,8 @@ pub(crate) struct Source<'a> {
     read: RefCell<HashSet<&'a str>>,
     /// Put before names: base models are saved without their head's prefix.
     prefix: &'static str,
+    /// How its quantized matrices are stored.
+    scheme: Option<Scheme>,
     /// Packs matrices.
     pool: Arc<Pool>,
 }
@@ -169,11 +178,12 @@ impl<'a> Source<'a> {
     pub(crate) fn from_shards(
         shards: &'a [(&'a Opened, SafeTensors<'a>)],
         prefix: &'static str,
+        scheme: Option<Scheme>,
         pool: &Arc<Pool>,
     ) -> Result<Self, ModelError> {
         let all = shards.iter().flat_map(|(file, shard)| shard.infos().map(move |info| (file, info)));
         let placed = all.map(|(file, info)| (Ok(Place::File(file, info.range.start)), info));
-        let mut source = Self::of(placed, prefix, pool)?;
+        let mut source = Self { scheme, ..Self::of(placed, prefix, pool)? };
         source.prefix = if source.tensors.keys().any(|k| k.starts_with(prefix)) { prefix } else { "" };
         Ok(source)
     }
@@ -190,11 +200,11 @@ impl<'a> Source<'a> {
                 return Err(ModelError::Twice(name.into()));
             }
         }
-        Ok(Self { tensors, read: RefCell::default(), prefix, pool: Arc::clone(pool) })
+        Ok(Self { tensors, read: RefCell::default(), prefix, scheme: None, pool: Arc::clone(pool) })
     }
 
     /// A tensor's name in the file.
-    fn full(&self, name: &str) -> String {
+    pub(crate) fn full(&self, name: &str) -> String {
         match name.strip_prefix('/') {
             Some(bare) => bare.to_owned(),
             None => format!("{}{name}", self.prefix),
@@ -213,6 +223,11 @@ impl<'a> Source<'a> {
         Some(tensor)
     }
 
+    /// The tensor `name`, not counted as read.
+    pub(crate) fn peek(&self, name: &str) -> Option<&Tensor<'a>> {
+        self.tensors.get(self.full(name).as_str())
+    }
+
     /// The tensor `name`, if its shape is `expected`.
     pub(crate) fn tensor(&self, name: &str, expected: &[usize]) -> Result<&Tensor<'a>, ModelError> {
         let tensor = self.find(name).ok_or_else(|| ModelError::Missing(self.full(name)))?;
@@ -227,7 +242,25 @@ impl<'a> Source<'a> {
 
     /// The tensor `name` of `[n, k]`, packed.
     pub(crate) fn matrix(&self, name: &str, n: usize, k: usize) -> Result<PackedMatrix, ModelError> {
-        self.pack(self.tensor(name, &[n, k])?, k, std::slice::from_ref(&(0..n)))
+        self.rows(name, n, k, std::slice::from_ref(&(0..n)))
+    }
+
+    /// Rows out of the matrix `name` of `[n, k]`, run after run, as one matrix.
+    pub(crate) fn rows(
+        &self,
+        name: &str,
+        n: usize,
+        k: usize,
+        runs: &[Range<usize>],
+    ) -> Result<PackedMatrix, ModelError> {
+        let quantized = self.scheme.map(|scheme| scheme.find(self, name, n, k)).transpose()?.flatten();
+        match quantized {
+            None => self.pack(self.tensor(name, &[n, k])?, k, runs),
+            Some(quantized) => quantized.pack(self, runs).map_err(|e| match e {
+                Unpacked::Kernel(cause) => ModelError::Tensor { name: self.full(name), cause },
+                Unpacked::Model(e) => e,
+            }),
+        }
     }
 
     /// Rows of `k` values out of a tensor, run after run, as one matrix. The runs
@@ -240,6 +273,11 @@ impl<'a> Source<'a> {
             Unpacked::Kernel(cause) => tensor.refused(cause),
             Unpacked::Model(e) => e,
         })
+    }
+
+    /// The threads that pack.
+    pub(crate) fn pool(&self) -> &Pool {
+        &self.pool
     }
 
     /// Refuses tensors that nobody read, but for those `spare` names.

@@ -1,6 +1,7 @@
 //! Every architecture against Hugging Face's transformers, on tiny random
 //! checkpoints that `xtask/peers/architectures.py` makes, as safetensors and as
-//! GGUF; and each one's logits on every schedule, bit by bit.
+//! GGUF; quantized checkpoints that `xtask/peers/quantized.py` makes; and each one's
+//! logits on every schedule, bit by bit.
 
 use ashlar_kernels::Pool;
 use ashlar_model::{Encoder, Item, KvCache, KvType, Model, Want, Workspace};
@@ -85,22 +86,33 @@ fn encoder(path: &Path, tokens: &[u32], want: &[f32]) -> f32 {
     apart(&alone, want)
 }
 
-#[test]
-fn logits_are_those_of_transformers() {
-    let what = "transformers, the reference for architectures";
-    let Some(python) = peer("ASHLAR_TRANSFORMERS_PYTHON", what) else { return };
-    let dir = tempfile::tempdir().unwrap();
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../xtask/peers/architectures.py");
-    let out = Command::new(python).arg(script).arg(dir.path()).output().unwrap();
+/// Has `script` write checkpoints into `dir`; its report. `None` where transformers
+/// is not at hand.
+fn written(script: &str, dir: &Path) -> Option<serde_json::Value> {
+    let python = peer("ASHLAR_TRANSFORMERS_PYTHON", "transformers, the reference for architectures")?;
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../xtask/peers").join(script);
+    let out = Command::new(python).arg(script).arg(dir).output().unwrap();
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     let text = String::from_utf8_lossy(&out.stdout);
-    let report: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    Some(serde_json::from_str(text.lines().last().unwrap()).unwrap())
+}
+
+fn tokens(folder: &Path) -> Vec<u32> {
+    serde_json::from_slice(&std::fs::read(folder.join("tokens.json")).unwrap()).unwrap()
+}
+
+fn names(list: &serde_json::Value) -> impl Iterator<Item = &str> {
+    list.as_array().unwrap().iter().map(|name| name.as_str().unwrap())
+}
+
+#[test]
+fn logits_are_those_of_transformers() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(report) = written("architectures.py", dir.path()) else { return };
     let mut wrong = Vec::new();
-    for name in report["names"].as_array().unwrap() {
-        let name = name.as_str().unwrap();
+    for name in names(&report["names"]) {
         let folder = dir.path().join(name);
-        let tokens: Vec<u32> =
-            serde_json::from_slice(&std::fs::read(folder.join("tokens.json")).unwrap()).unwrap();
+        let tokens = tokens(&folder);
         let check: fn(&Path, &[u32], &[f32]) -> f32 = if name == "bert" { encoder } else { decoder };
         let want = floats(&folder.join(if name == "bert" { "vector.bin" } else { "logits.bin" }));
         let gguf = dir.path().join(format!("{name}.gguf"));
@@ -110,6 +122,26 @@ fn logits_are_those_of_transformers() {
             if apart.is_nan() || apart > 2e-5 {
                 wrong.push(name);
             }
+        }
+    }
+    assert!(wrong.is_empty(), "apart from transformers {}: {wrong:?}", report["version"]);
+}
+
+#[test]
+fn quantized_checkpoints_are_what_their_tools_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(report) = written("quantized.py", dir.path()) else { return };
+    let mut wrong = Vec::new();
+    for name in names(&report["names"]) {
+        let folder = dir.path().join(name);
+        let apart = decoder(&folder, &tokens(&folder), &floats(&folder.join("logits.bin")));
+        eprintln!("{name:24} largest difference {apart:.1e} of the largest logit");
+        // Against integer codes activations are rounded to int8, a step being some
+        // 1/50 of a typical one: of thousands of logits the farthest moves by as much
+        // as 1/20. That the weights are right bit for bit, `quantized` tests.
+        let room = if name.contains("fp8") { 2e-5 } else { 0.1 };
+        if apart.is_nan() || apart > room {
+            wrong.push(name);
         }
     }
     assert!(wrong.is_empty(), "apart from transformers {}: {wrong:?}", report["version"]);

@@ -14,6 +14,7 @@ use std::{
 };
 
 type Tensors = BTreeMap<String, (Vec<usize>, Vec<u8>)>;
+type Typed = BTreeMap<String, (DType, Vec<usize>, Vec<u8>)>;
 
 const CONFIG: &str = r#"{"model_type": "qwen3_moe", "hidden_size": 8, "intermediate_size": 12,
     "moe_intermediate_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -57,8 +58,13 @@ fn tensors() -> Tensors {
 }
 
 fn save(path: &Path, tensors: &Tensors) {
+    let typed = tensors.iter().map(|(n, (s, b))| (n.clone(), (DType::F32, s.clone(), b.clone())));
+    save_typed(path, &typed.collect());
+}
+
+fn save_typed(path: &Path, tensors: &Typed) {
     let views: Vec<(&str, &[usize], DType, &[u8])> =
-        tensors.iter().map(|(n, (s, b))| (n.as_str(), &s[..], DType::F32, &b[..])).collect();
+        tensors.iter().map(|(n, (d, s, b))| (n.as_str(), &s[..], *d, &b[..])).collect();
     let mut out = Vec::new();
     safetensors::write(&views, &BTreeMap::new(), &mut out).unwrap();
     std::fs::write(path, out).unwrap();
@@ -94,7 +100,7 @@ fn settings_that_are_not_known_are_refused_by_name() {
     load(CONFIG, &tensors()).unwrap();
     load(&with(json!({"use_cache": true, "quantization_config": null})), &tensors()).unwrap();
     for (changes, named) in [
-        (json!({"quantization_config": {"bits": 4}}), "quantization_config"),
+        (json!({"quantization_config": {"bits": 4}}), "quantization_config.quant_method"),
         (json!({"residual_multiplier": 0.2}), "residual_multiplier"),
         (json!({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}), "dynamic"),
         (json!({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "twist": 1}}), "rope_scaling.twist"),
@@ -234,8 +240,236 @@ fn gguf_is_held_to_the_same() {
     assert!(matches!(Encoder::from_gguf(&parsed, Pool::new(1)), Err(ModelError::Role { .. })));
 }
 
+/// A llama of one layer whose matrices are 64 by 64.
+const SMALL: &str = r#"{"model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32, "vocab_size": 11,
+    "tie_word_embeddings": true}"#;
+
+/// [`SMALL`] stored so; `part` has a matrix's tensors.
+struct Stored {
+    settings: Json,
+    part: Vec<(&'static str, DType, Vec<usize>)>,
+}
+
+fn stored(method: &str) -> Stored {
+    let of = |settings, part: &[(&'static str, DType, &[usize])]| Stored {
+        settings,
+        part: part.iter().map(|(name, dtype, shape)| (*name, *dtype, shape.to_vec())).collect(),
+    };
+    let weights = |bits: usize, kind: &str, strategy: &str| {
+        json!({"quant_method": "compressed-tensors", "format": if kind == "int" { "pack-quantized" } else { "float-quantized" },
+            "ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights":
+            {"num_bits": bits, "type": kind, "strategy": strategy, "group_size": 32, "symmetric": true, "dynamic": false}}}})
+    };
+    match method {
+        "gptq" => of(json!({"quant_method": "gptq", "bits": 4, "group_size": 32}), &[
+            ("qweight", DType::I32, &[8, 64]), ("qzeros", DType::I32, &[2, 8]), ("scales", DType::F16, &[2, 64]),
+            ("g_idx", DType::I32, &[64]),
+        ]),
+        "awq" => of(json!({"quant_method": "awq", "bits": 4, "group_size": 64, "version": "GEMM"}), &[
+            ("qweight", DType::I32, &[64, 8]), ("qzeros", DType::I32, &[1, 8]), ("scales", DType::F16, &[1, 64]),
+        ]),
+        "fp8" => of(json!({"quant_method": "fp8", "weight_block_size": [128, 128]}), &[
+            ("weight", DType::F8_E4M3, &[64, 64]), ("weight_scale_inv", DType::F32, &[1, 1]),
+        ]),
+        "float" => of(weights(8, "float", "tensor"), &[
+            ("weight", DType::F8_E5M2, &[64, 64]), ("weight_scale", DType::BF16, &[1]),
+        ]),
+        _ => of(weights(4, "int", "group"), &[
+            ("weight_packed", DType::I32, &[64, 8]), ("weight_scale", DType::BF16, &[64, 2]), ("weight_shape", DType::I64, &[2]),
+        ]),
+    }
+}
+
+impl Stored {
+    /// A matrix's places, 0 to 63 in groups of 32, or sizes.
+    fn bytes(name: &str, dtype: DType, shape: &[usize]) -> Vec<u8> {
+        match name {
+            "g_idx" | "weight_g_idx" => (0..64).flat_map(|i: i32| (i / 32).to_le_bytes()).collect(),
+            "weight_shape" => [64i64, 64].iter().flat_map(|v| v.to_le_bytes()).collect(),
+            _ => vec![0x11; dtype.bytes_for(shape.iter().product()).unwrap()],
+        }
+    }
+
+    /// Loads it after `change` of one matrix's tensors and of the settings.
+    fn load(&self, change: impl Fn(&mut Typed), settings: Json) -> Result<(), ModelError> {
+        let mut all = Typed::new();
+        let mut put = |name: &str, dtype, shape: &[usize]| {
+            let last = name.rsplit('.').next().unwrap();
+            all.insert(name.into(), (dtype, shape.to_vec(), Self::bytes(last, dtype, shape)));
+        };
+        put("model.embed_tokens.weight", DType::F32, &[11, 64]);
+        put("model.norm.weight", DType::F32, &[64]);
+        put("model.layers.0.input_layernorm.weight", DType::F32, &[64]);
+        put("model.layers.0.post_attention_layernorm.weight", DType::F32, &[64]);
+        for name in ["self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down"] {
+            for (part, dtype, shape) in &self.part {
+                put(&format!("model.layers.0.{name}_proj.{part}"), *dtype, shape);
+            }
+        }
+        change(&mut all);
+        let mut config: Json = serde_json::from_str(SMALL).unwrap();
+        let mut own = self.settings.clone();
+        merge(&mut own, settings);
+        config["quantization_config"] = own;
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        save_typed(&dir.path().join("model.safetensors"), &all);
+        step(&Model::load_with(dir.path(), Pool::new(1))?)
+    }
+}
+
+/// Puts `changes` into `to`, objects into objects.
+fn merge(to: &mut Json, changes: Json) {
+    match (to, changes) {
+        (Json::Object(to), Json::Object(changes)) => {
+            changes.into_iter().for_each(|(key, value)| merge(to.entry(key).or_insert(Json::Null), value));
+        }
+        (to, changes) => *to = changes,
+    }
+}
+
+const METHODS: [&str; 5] = ["gptq", "awq", "fp8", "float", "packed"];
+
+#[test]
+fn quantization_settings_that_are_not_known_are_refused_by_name() {
+    for method in METHODS {
+        stored(method).load(|_| (), json!({})).unwrap_or_else(|e| panic!("{method}: {e}"));
+    }
+    let weights = |change: Json| json!({"config_groups": {"group_0": {"weights": change}}});
+    for (method, changes, named) in [
+        ("gptq", json!({"quant_method": "bitsandbytes"}), "bitsandbytes"),
+        ("gptq", json!({"quant_method": null}), "quant_method"),
+        ("gptq", json!({"bits": 3}), "bits is 3"),
+        ("gptq", json!({"bits": "4"}), "bits"),
+        ("gptq", json!({"bits": 8}), "expected [16, 64]"),
+        ("gptq", json!({"group_size": 0}), "group_size is 0"),
+        ("gptq", json!({"group_size": null}), "group_size"),
+        ("gptq", json!({"group_size": -2}), "group_size"),
+        ("gptq", json!({"group_size": 1u64 << 40}), "group_size"),
+        ("gptq", json!({"group_size": 16}), "expected [4, 8]"),
+        ("gptq", json!({"group_size": 48}), "the size of group 0 in model.layers.0.self_attn.q_proj.g_idx is 32"),
+        ("gptq", json!({"group_size": 64}), "expected [1, 8]"),
+        ("gptq", json!({"checkpoint_format": "marlin"}), "marlin"),
+        ("gptq", json!({"pack_dtype": "int16"}), "pack_dtype"),
+        ("gptq", json!({"rotation": "hadamard"}), "quantization_config.rotation"),
+        ("gptq", json!({"ignore": "lm_head"}), "ignore"),
+        ("awq", json!({"version": "gemv"}), "gemv"),
+        ("awq", json!({"bits": 8}), "bits is 8"),
+        ("awq", json!({"zero_point": false}), "must be 8"),
+        ("fp8", json!({"fmt": "e3m4"}), "e3m4"),
+        ("fp8", json!({"scale_fmt": "odd"}), "odd"),
+        ("fp8", json!({"weight_block_size": [128]}), "weight_block_size"),
+        ("fp8", json!({"weight_block_size": [0, 128]}), "weight_block_size"),
+        ("fp8", json!({"weight_block_size": [32, 32]}), "expected [2, 2]"),
+        ("packed", json!({"format": "nvfp4-pack-quantized"}), "nvfp4"),
+        ("packed", json!({"quantization_status": "frozen"}), "frozen"),
+        ("packed", json!({"transform_config": {"config_groups": {"R1": {}}}}), "transform_config.config_groups"),
+        ("packed", json!({"sparsity_config": {"format": "sparse-24"}}), "sparsity_config.format"),
+        ("packed", json!({"config_groups": null}), "config_groups"),
+        ("packed", json!({"config_groups": {"group_0": 3}}), "group_0"),
+        ("packed", json!({"config_groups": {"group_1": {"weights": {"num_bits": 8}}}}), "group"),
+        ("packed", weights(json!({"num_bits": 3})), "num_bits is 3 (int)"),
+        ("packed", weights(json!({"type": "float"})), "num_bits is 4 (float)"),
+        ("packed", weights(json!({"strategy": "token"})), "token"),
+        ("packed", weights(json!({"strategy": "block"})), "block_structure"),
+        ("packed", weights(json!({"group_size": 0})), "group_size is 0"),
+        ("packed", weights(json!({"group_size": 48})), "blocks of 32: 16"),
+        ("packed", weights(json!({"symmetric": false})), "weight_zero_point"),
+        ("packed", weights(json!({"twist": 1})), "weights.twist"),
+        ("float", weights(json!({"strategy": "channel"})), ""),
+        ("float", weights(json!({"strategy": "group"})), "expected [64, 2]"),
+    ] {
+        match stored(method).load(|_| (), changes.clone()) {
+            // One scale for all rows is read where each row's could stand.
+            Ok(()) if named.is_empty() => {}
+            Ok(()) => panic!("{method} {changes} was taken"),
+            Err(e) => assert!(!named.is_empty() && e.to_string().contains(named), "{method} {changes}: {e}"),
+        }
+    }
+}
+
+#[test]
+fn quantized_tensors_that_lie_are_refused_by_name() {
+    type Change = fn(&mut (DType, Vec<usize>, Vec<u8>));
+    let resized: Change = |t| {
+        t.1[0] += 1;
+        t.2.resize(t.0.bytes_for(t.1.iter().product()).unwrap(), 0);
+    };
+    let retyped: Change = |t| t.0 = DType::F32;
+    let scalar: Change = |t| *t = (t.0, vec![], t.2[..t.0.block_bytes()].to_vec());
+    let far: Change = |t| t.2[4 * 5..][..4].copy_from_slice(&2i32.to_le_bytes());
+    let negative: Change = |t| t.2[4 * 5..][..4].copy_from_slice(&(-7i32).to_le_bytes());
+    let crowded: Change = |t| t.2[4 * 5..][..4].copy_from_slice(&1i32.to_le_bytes());
+    let not_a_number: Change = |t| t.2[65] = 0xff;
+    let wrong_size: Change = |t| t.2[8] = 65;
+    let at = "model.layers.0.mlp.up_proj";
+    let cases: [(&str, &str, Change, &str); 19] = [
+        ("gptq", "qweight", resized, "expected [8, 64]"),
+        ("gptq", "qweight", retyped, "F32 is not supported"),
+        ("gptq", "qweight", scalar, "expected [8, 64]"),
+        ("gptq", "qzeros", resized, "expected [2, 8]"),
+        ("gptq", "scales", resized, "expected [2, 64]"),
+        ("gptq", "g_idx", resized, "expected [64]"),
+        ("gptq", "g_idx", far, "g_idx[5], of 2 groups, is 2"),
+        ("gptq", "g_idx", negative, "g_idx[5], of 2 groups, is -7"),
+        ("gptq", "g_idx", crowded, "g_idx is 31"),
+        ("awq", "qweight", resized, "expected [64, 8]"),
+        ("awq", "qzeros", scalar, "expected [1, 8]"),
+        ("fp8", "weight", resized, "expected [64, 64]"),
+        ("fp8", "weight", not_a_number, "row 1 is not a number"),
+        ("fp8", "weight_scale_inv", resized, "expected [1, 1]"),
+        ("float", "weight_scale", resized, "expected [64, 1]"),
+        ("packed", "weight_packed", resized, "expected [64, 8]"),
+        ("packed", "weight_scale", scalar, "expected [64, 2]"),
+        ("packed", "weight_shape", wrong_size, "is [64, 65]"),
+        ("packed", "weight_shape", scalar, "expected [2]"),
+    ];
+    for (method, part, change, named) in cases {
+        let name = format!("{at}.{part}");
+        let said = stored(method).load(|all| change(all.get_mut(&name).unwrap()), json!({})).unwrap_err().to_string();
+        assert!(said.contains(named), "{method} {part}: {said}");
+    }
+    for method in METHODS {
+        for (part, ..) in &stored(method).part {
+            let name = format!("{at}.{part}");
+            let got = stored(method).load(|all| drop(all.remove(&name)), json!({"desc_act": true}));
+            assert!(matches!(&got, Err(ModelError::Missing(_) | ModelError::Unknown { .. })), "{method} without {part}: {got:?}");
+        }
+    }
+    // A bias that no module has: nothing, if it is 0.
+    for (value, taken) in [(0, true), (1, false)] {
+        let bias = |all: &mut Typed| drop(all.insert(format!("{at}.bias"), (DType::U8, vec![64], vec![value; 64])));
+        assert_eq!(stored("gptq").load(bias, json!({})).is_ok(), taken);
+    }
+    // A plain matrix among quantized ones is plain; one in eight bits needs its scale.
+    let plain = |all: &mut Typed| {
+        all.retain(|n, _| !n.starts_with(at));
+        all.insert(format!("{at}.weight"), (DType::F32, vec![64, 64], bytes(&[64, 64])));
+    };
+    for method in METHODS {
+        stored(method).load(plain, json!({})).unwrap();
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
+    #[test]
+    fn damaged_quantized_folders_never_panic(
+        method in 0usize..5, part in 0usize..4, to in 0usize..70, dimension in 0usize..2, dtype in 0usize..6, group in -1i64..200,
+    ) {
+        let mut stored = stored(METHODS[method]);
+        let part = part % stored.part.len();
+        let part = &mut stored.part[part];
+        let dimension = dimension % part.2.len();
+        part.2[dimension] = to;
+        part.1 = [part.1, DType::I32, DType::F16, DType::I64, DType::F8_E4M3, DType::U8][dtype];
+        if matches!(part.0, "g_idx" | "weight_shape") {
+            *part = ("scales", DType::F16, vec![to]);
+        }
+        let _ = stored.load(|_| (), json!({"group_size": group}));
+    }
+
     #[test]
     fn damaged_configurations_never_panic(at in 0usize..600, to in prop::char::range(' ', '~'), insert: bool) {
         let mut config: Vec<char> = CONFIG.chars().collect();

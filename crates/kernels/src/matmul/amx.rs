@@ -190,7 +190,7 @@ unsafe fn sets_of<const F: usize>(data: &[u8], rows: Rows, range: Range<usize>, 
         unsafe {
             let offset = _mm512_set1_epi8(f.offset as i8);
             for block in 0..blocks {
-                let codes = data.as_ptr().add(f.heads_bytes(blocks) + block * f.code_bytes());
+                let codes = data.as_ptr().add(f.heads_bytes(blocks, rows.run) + block * f.code_bytes());
                 let to: *mut __m512i = weights.as_mut_ptr().add(block * BLOCK * GROUP).cast();
                 for s in 0..4 {
                     let (low, high) = unpack::<F>(codes, s);
@@ -262,7 +262,7 @@ unsafe fn set<const F: usize>(
                         high = std::array::from_fn(|i| row(BYTES + i * 64));
                     }
                     let act = rows.blocks.as_ptr().add((r + half * HALF) * blocks + block);
-                    let head = Head::of(f, heads, block);
+                    let head = Head::of(f, heads, block, f.span(rows.run));
                     add_block::<F, HALF>(head, act, blocks, &low, &high, &mut a[half], &mut b[half]);
                 }
             }

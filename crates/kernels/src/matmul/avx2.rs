@@ -6,7 +6,7 @@
 //! module.
 
 use super::{AHEAD, Out, Rows, by_format, by_rows, check_plain, check_quantized};
-use crate::packed::{BLOCK, Codes, FORMATS, Format, Kind, Per, SUPER};
+use crate::packed::{BLOCK, Codes, FORMATS, Format, GROUP, Kind, Per, SUPER};
 use crate::quants::IQ4_NL;
 use std::{arch::x86_64::*, ops::Range};
 
@@ -122,7 +122,8 @@ unsafe fn half<const F: usize, const M: usize>(
     // SAFETY: `quantized` checked the lengths; `side` is 0 or 1.
     unsafe {
         let heads = data.as_ptr();
-        let codes = heads.add(f.heads_bytes(blocks));
+        let codes = heads.add(f.heads_bytes(blocks, rows.run));
+        let span = f.span(rows.run);
         let factor = |p: *const u8| _mm256_cvtph_ps(_mm_loadu_si128(p.add(side * 16).cast()));
         let unsigned = |p: *const u8| _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(side * 8).cast()));
         let signed = |p: *const u8| _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.add(side * 8).cast()));
@@ -136,9 +137,8 @@ unsafe fn half<const F: usize, const M: usize>(
             }
             let q = rows.codes.as_ptr().add(r * k + block * BLOCK);
             let act = rows.blocks.as_ptr().add(r * blocks + block);
-            let (run, within) = if f.is_super() { (block / SUPER, block % SUPER) } else { (block, 0) };
-            let head = heads.add(run * f.head_bytes());
-            let sub = head.add(f.factor_bytes() + within * f.sub_bytes());
+            let head = heads.add((block >> span) * f.head_bytes());
+            let sub = head.add(f.factor_bytes() + block % SUPER * f.sub_bytes());
             let mut low = [_mm256_setzero_si256(); M];
             let mut high = [_mm256_setzero_si256(); M];
             for s in 0..4 {
@@ -169,7 +169,16 @@ unsafe fn half<const F: usize, const M: usize>(
                     }
                 }
             }
-            let scale = factor(head);
+            let scale = match f.scale {
+                Per::Run32 => _mm256_loadu_ps(head.add(side * 32).cast()),
+                _ => factor(head),
+            };
+            // Pairs of the zero point and 0.
+            let mut zero = _mm256_setzero_si256();
+            if matches!(f.min, Per::Zero) {
+                let zeros = head.add(GROUP * f.scale.factor() + side * 16);
+                zero = _mm256_cvtepu16_epi32(_mm_loadu_si128(zeros.cast()));
+            }
             for i in 0..M {
                 let act = act.add(i * blocks);
                 let of = |half: usize| _mm256_set1_epi32((*act).halves[half]);
@@ -193,12 +202,17 @@ unsafe fn half<const F: usize, const M: usize>(
                         _mm256_mullo_epi32(high, signed(sub.add(16))),
                     ),
                     Per::Sub32 => _mm256_mullo_epi32(_mm256_add_epi32(low, high), unsigned(sub)),
+                    // Sums of 32 codes fit 16 bits.
+                    _ if matches!(f.min, Per::Zero) => _mm256_sub_epi32(
+                        _mm256_add_epi32(low, high),
+                        _mm256_madd_epi16(zero, _mm256_add_epi32(of(0), of(1))),
+                    ),
                     _ => _mm256_add_epi32(low, high),
                 };
                 let both = _mm256_mul_ps(scale, _mm256_set1_ps((*act).scale));
                 a[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), both, a[i]);
             }
-            if matches!(f.min, Per::Nothing) {
+            if matches!(f.min, Per::Nothing | Per::Zero) {
                 continue;
             }
             let min = factor(head.add(32));
@@ -223,7 +237,7 @@ unsafe fn half<const F: usize, const M: usize>(
         }
         for i in 0..M {
             let sum = match f.min {
-                Per::Nothing => a[i],
+                Per::Nothing | Per::Zero => a[i],
                 Per::Block => _mm256_add_ps(a[i], b[i]),
                 _ => _mm256_sub_ps(a[i], b[i]),
             };
@@ -256,7 +270,77 @@ pub(super) unsafe fn plain(kind: Kind, data: &[u8], rows: Rows, range: Range<usi
         match kind {
             Kind::F16 => plain_rows::<0>(data, rows, range, out),
             Kind::BF16 => plain_rows::<1>(data, rows, range, out),
+            Kind::E4M3 => scaled_rows::<true>(data, rows, range, out),
+            Kind::E5M2 => scaled_rows::<false>(data, rows, range, out),
             _ => plain_rows::<2>(data, rows, range, out),
+        }
+    }
+}
+
+/// Eight 8-bit floats, E4M3 in units of [`Kind::unit`].
+///
+/// # Safety
+/// Needs what [`quantized`] needs, and eight bytes.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn bytes_to_floats<const E4M3: bool>(at: *const u8) -> __m256 {
+    // SAFETY: the caller's promise.
+    let bytes = unsafe { _mm_loadl_epi64(at.cast()) };
+    let half = if E4M3 {
+        // The sign arrives twice, above the exponent too.
+        _mm_and_si128(_mm_slli_epi16::<7>(_mm_cvtepi8_epi16(bytes)), _mm_set1_epi16(!0x4000))
+    } else {
+        _mm_slli_epi16::<8>(_mm_cvtepu8_epi16(bytes))
+    };
+    _mm256_cvtph_ps(half)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn scaled_rows<const E4M3: bool>(data: &[u8], rows: Rows, range: Range<usize>, out: Out) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        by_rows!(range, out, [4, 1], |r, at, M| scaled_tile::<E4M3, M>(data, rows, r, at));
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn scaled_tile<const E4M3: bool, const M: usize>(data: &[u8], rows: Rows, r: usize, out: Out) {
+    let (kind, k) = (if E4M3 { Kind::E4M3 } else { Kind::E5M2 }, rows.k);
+    // SAFETY: `plain` checked the lengths.
+    unsafe {
+        let x = rows.x.as_ptr().add(r * k);
+        let values = data.as_ptr().add(kind.heads_bytes(k, rows.run));
+        for side in 0..out.cols.div_ceil(8) {
+            let mut a = [_mm256_setzero_ps(); M];
+            for first in (0..k).step_by(rows.run) {
+                let (mut even, mut odd) = ([_mm256_setzero_ps(); M], [_mm256_setzero_ps(); M]);
+                let end = k.min(first + rows.run);
+                let weights = |p: usize| bytes_to_floats::<E4M3>(values.add(p * GROUP + side * 8));
+                let at = |i: usize, p: usize| _mm256_set1_ps(*x.add(i * k + p));
+                for p in (first..end - 1).step_by(2) {
+                    _mm_prefetch::<_MM_HINT_T1>(values.wrapping_add(AHEAD + p * GROUP).cast());
+                    let (w, v) = (weights(p), weights(p + 1));
+                    for i in 0..M {
+                        even[i] = _mm256_fmadd_ps(at(i, p), w, even[i]);
+                        odd[i] = _mm256_fmadd_ps(at(i, p + 1), v, odd[i]);
+                    }
+                }
+                if (end - first) % 2 == 1 {
+                    let w = weights(end - 1);
+                    for i in 0..M {
+                        even[i] = _mm256_fmadd_ps(at(i, end - 1), w, even[i]);
+                    }
+                }
+                let scale = data.as_ptr().cast::<f32>().add(first / rows.run * GROUP + side * 8);
+                let scale = _mm256_mul_ps(_mm256_loadu_ps(scale), _mm256_set1_ps(kind.unit()));
+                for (i, a) in a.iter_mut().enumerate() {
+                    *a = _mm256_fmadd_ps(_mm256_add_ps(even[i], odd[i]), scale, *a);
+                }
+            }
+            for (i, a) in a.into_iter().enumerate() {
+                store(out, i, side, a);
+            }
         }
     }
 }

@@ -5,7 +5,7 @@
 //! order, is in the parent module.
 
 use super::{AHEAD, Activation, Out, Rows, by_format, by_rows, check_plain, check_quantized};
-use crate::packed::{BLOCK, Codes, FORMATS, Format, Kind, Per, SUPER};
+use crate::packed::{BLOCK, Codes, FORMATS, Format, GROUP, Kind, Per, SUPER};
 use crate::quants::IQ4_NL;
 use std::{arch::x86_64::*, ops::Range};
 
@@ -95,7 +95,8 @@ unsafe fn tile<const F: usize, const M: usize>(data: &[u8], rows: Rows, r: usize
     // SAFETY: `quantized` checked that the group and the rows have these lengths.
     unsafe {
         let heads = data.as_ptr();
-        let codes = heads.add(f.heads_bytes(blocks));
+        let codes = heads.add(f.heads_bytes(blocks, rows.run));
+        let span = f.span(rows.run);
         let mut a = [_mm512_setzero_ps(); M];
         let mut b = [_mm512_setzero_ps(); M];
         for block in 0..blocks {
@@ -137,7 +138,7 @@ unsafe fn tile<const F: usize, const M: usize>(data: &[u8], rows: Rows, r: usize
             if M == 1 && !Of::<F>::HALVES {
                 low[0] = _mm512_add_epi32(low[0], high[0]);
             }
-            add_block::<F, M>(Head::of(f, heads, block), act, blocks, &low, &high, &mut a, &mut b);
+            add_block::<F, M>(Head::of(f, heads, block, span), act, blocks, &low, &high, &mut a, &mut b);
         }
         for i in 0..M {
             store(out, i, joined(f, a[i], b[i]));
@@ -153,17 +154,17 @@ pub(super) struct Head {
 }
 
 impl Head {
-    /// That of block number `block` of a group that begins at `heads`.
+    /// That of block number `block` of a group that begins at `heads`, where 2 to the
+    /// `span` blocks share one.
     ///
     /// # Safety
     /// The group has that block.
     #[inline(always)]
-    pub(super) unsafe fn of(f: Format, heads: *const u8, block: usize) -> Self {
-        let (run, within) = if f.is_super() { (block / SUPER, block % SUPER) } else { (block, 0) };
+    pub(super) unsafe fn of(f: Format, heads: *const u8, block: usize, span: u32) -> Self {
         // SAFETY: the caller's promise.
         unsafe {
-            let factors = heads.add(run * f.head_bytes());
-            Self { factors, subs: factors.add(f.factor_bytes() + within * f.sub_bytes()) }
+            let factors = heads.add((block >> span) * f.head_bytes());
+            Self { factors, subs: factors.add(f.factor_bytes() + block % SUPER * f.sub_bytes()) }
         }
     }
 }
@@ -191,21 +192,36 @@ pub(super) unsafe fn add_block<const F: usize, const M: usize>(
         let halves16 = |p: *const u8| _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()));
         let bytes = |p: *const u8| _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
         let signed = |p: *const u8| _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()));
-        let (scale, sub) = (halves16(head.factors), head.subs);
+        let scale = match f.scale {
+            Per::Run32 => _mm512_loadu_ps(head.factors.cast()),
+            _ => halves16(head.factors),
+        };
+        let sub = head.subs;
+        // Pairs of the zero point, negated, and 0.
+        let mut less = _mm512_setzero_si512();
+        if matches!(f.min, Per::Zero) {
+            let zeros = _mm256_loadu_si256(head.factors.add(GROUP * f.scale.factor()).cast());
+            less = _mm512_cvtepu16_epi32(_mm256_sub_epi16(_mm256_setzero_si256(), zeros));
+        }
         for i in 0..M {
-            let act = act.add(i * blocks).cast::<f32>();
+            let act = act.add(i * blocks);
             let dot = match f.scale {
                 Per::Sub16 => _mm512_add_epi32(
                     _mm512_mullo_epi32(low[i], signed(sub)),
                     _mm512_mullo_epi32(high[i], signed(sub.add(16))),
                 ),
                 _ if f.is_super() => _mm512_mullo_epi32(low[i], bytes(sub)),
+                // Sums of 32 codes fit 16 bits.
+                _ if matches!(f.min, Per::Zero) => {
+                    let sum = (*act).halves[0] + (*act).halves[1];
+                    _mm512_dpwssd_epi32(low[i], less, _mm512_set1_epi32(sum))
+                }
                 _ => low[i],
             };
-            let both = _mm512_mul_ps(scale, _mm512_set1_ps(*act));
+            let both = _mm512_mul_ps(scale, _mm512_set1_ps((*act).scale));
             a[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, a[i]);
         }
-        if matches!(f.min, Per::Nothing) {
+        if matches!(f.min, Per::Nothing | Per::Zero) {
             return;
         }
         let min = halves16(head.factors.add(32));
@@ -235,7 +251,7 @@ pub(super) unsafe fn add_block<const F: usize, const M: usize>(
 #[target_feature(enable = "avx512f")]
 pub(super) fn joined(f: Format, a: __m512, b: __m512) -> __m512 {
     match f.min {
-        Per::Nothing => a,
+        Per::Nothing | Per::Zero => a,
         Per::Block => _mm512_add_ps(a, b),
         _ => _mm512_sub_ps(a, b),
     }
@@ -264,7 +280,76 @@ pub(super) unsafe fn plain(kind: Kind, data: &[u8], rows: Rows, range: Range<usi
         match kind {
             Kind::F16 => plain_rows::<0>(data, rows, range, out),
             Kind::BF16 => plain_rows::<1>(data, rows, range, out),
+            Kind::E4M3 => scaled_rows::<true>(data, rows, range, out),
+            Kind::E5M2 => scaled_rows::<false>(data, rows, range, out),
             _ => plain_rows::<2>(data, rows, range, out),
+        }
+    }
+}
+
+/// Sixteen 8-bit floats, E4M3 in units of [`Kind::unit`].
+///
+/// # Safety
+/// Needs what [`quantized`] needs, and sixteen bytes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn bytes_to_floats<const E4M3: bool>(at: *const u8) -> __m512 {
+    // SAFETY: the caller's promise.
+    let bytes = unsafe { _mm_loadu_si128(at.cast()) };
+    let half = if E4M3 {
+        // The sign arrives twice, above the exponent too.
+        let shifted = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(bytes));
+        _mm256_and_si256(shifted, _mm256_set1_epi16(!0x4000))
+    } else {
+        _mm256_slli_epi16::<8>(_mm256_cvtepu8_epi16(bytes))
+    };
+    _mm512_cvtph_ps(half)
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn scaled_rows<const E4M3: bool>(data: &[u8], rows: Rows, range: Range<usize>, out: Out) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        by_rows!(range, out, [8, 4, 2, 1], |r, at, M| scaled_tile::<E4M3, M>(data, rows, r, at));
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn scaled_tile<const E4M3: bool, const M: usize>(data: &[u8], rows: Rows, r: usize, out: Out) {
+    let (kind, k) = (if E4M3 { Kind::E4M3 } else { Kind::E5M2 }, rows.k);
+    // SAFETY: `plain` checked the lengths.
+    unsafe {
+        let x = rows.x.as_ptr().add(r * k);
+        let values = data.as_ptr().add(kind.heads_bytes(k, rows.run));
+        let mut a = [_mm512_setzero_ps(); M];
+        for first in (0..k).step_by(rows.run) {
+            let (mut even, mut odd) = ([_mm512_setzero_ps(); M], [_mm512_setzero_ps(); M]);
+            let end = k.min(first + rows.run);
+            let weights = |p: usize| bytes_to_floats::<E4M3>(values.add(p * GROUP));
+            let at = |i: usize, p: usize| _mm512_set1_ps(*x.add(i * k + p));
+            for p in (first..end - 1).step_by(2) {
+                _mm_prefetch::<_MM_HINT_T1>(values.wrapping_add(AHEAD + p * GROUP).cast());
+                let (w, v) = (weights(p), weights(p + 1));
+                for i in 0..M {
+                    even[i] = _mm512_fmadd_ps(at(i, p), w, even[i]);
+                    odd[i] = _mm512_fmadd_ps(at(i, p + 1), v, odd[i]);
+                }
+            }
+            if (end - first) % 2 == 1 {
+                let w = weights(end - 1);
+                for i in 0..M {
+                    even[i] = _mm512_fmadd_ps(at(i, end - 1), w, even[i]);
+                }
+            }
+            let scale = _mm512_loadu_ps(data.as_ptr().cast::<f32>().add(first / rows.run * GROUP));
+            let scale = _mm512_mul_ps(scale, _mm512_set1_ps(kind.unit()));
+            for (i, a) in a.iter_mut().enumerate() {
+                *a = _mm512_fmadd_ps(_mm512_add_ps(even[i], odd[i]), scale, *a);
+            }
+        }
+        for (i, a) in a.into_iter().enumerate() {
+            store(out, i, a);
         }
     }
 }

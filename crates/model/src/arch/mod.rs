@@ -150,6 +150,8 @@ pub(crate) fn from_hf(json: &[u8]) -> Result<Description, ModelError> {
     }?;
     // What makes a decoder is the architecture; `bert` checks the key itself.
     keys.get("is_decoder");
+    // `quantized::Scheme` checks this one.
+    keys.get("quantization_config");
     keys.only("add_cross_attention", &false.into(), "false")?;
     keys.finish()?;
     config.check()?;
