@@ -323,8 +323,8 @@ fn safetensors_attacks() {
         (st(&one("[99999999999999999999]", 0, 8), 8), "header"),
         (st(&one("[2]", 0, 8).replace("F32", "Q4_0"), 8), "type Q4_0"),
         (
-            st(&one("[2]", 0, 8).replace("F32", "F8_E4M3"), 8),
-            "type F8_E4M3",
+            st(&one("[2]", 0, 8).replace("F32", "F4_E2M1"), 8),
+            "type F4_E2M1",
         ),
         (
             st(&one("[2]", 0, 8).replace("shape", "shap"), 8),
