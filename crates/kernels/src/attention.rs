@@ -676,9 +676,13 @@ fn block_of<A: Arith>(job: &Job, head: usize, page: u32, block: usize, s: &mut S
         meet::<A, 4>(job, head, page, block, at, s);
         at += 4;
     }
-    while at < left {
-        meet::<A, 1>(job, head, page, block, at, s);
-        at += 1;
+    // A decoded row has as many vectors as heads share keys: one after the other,
+    // their few chains would not hide each other's latency.
+    match left - at {
+        3 => meet::<A, 3>(job, head, page, block, at, s),
+        2 => meet::<A, 2>(job, head, page, block, at, s),
+        1 => meet::<A, 1>(job, head, page, block, at, s),
+        _ => {}
     }
 }
 
