@@ -144,7 +144,7 @@ impl Drop for Owner {
 
 /// What a reservation needs of the accounts.
 #[derive(Debug)]
-pub(self) struct Shared {
+struct Shared {
     cells: Arc<Cells>,
     entries: mpsc::UnboundedSender<Entry>,
     prices: RwLock<Option<Arc<PriceList>>>,

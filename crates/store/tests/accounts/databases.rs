@@ -2,7 +2,7 @@
 //! PostgreSQL cluster of the Debian package where that is installed.
 
 use ashlar_store::{AccountSettings, Database};
-use sqlx::{Connection as _, PgConnection, SqliteConnection};
+use sqlx::{Connection as _, PgConnection, SqliteConnection, sqlite::SqliteConnectOptions};
 use std::{
     os::unix::{fs::chown, process::CommandExt as _},
     path::{Path, PathBuf},
@@ -15,17 +15,13 @@ use tokio::sync::OnceCell;
 /// A fresh database, gone with this value.
 pub struct Place {
     pub database: Database,
-    pub folder: tempfile::TempDir,
+    _folder: tempfile::TempDir,
 }
 
 impl Place {
     /// Settings whose times suit a test: a replica's end is seen within 2 s.
     pub fn settings(&self) -> AccountSettings {
         settings(self.database.clone())
-    }
-
-    pub fn is_postgres(&self) -> bool {
-        matches!(self.database, Database::Postgres(_))
     }
 
     /// As `ASHLAR_TEST_ACCOUNTS` names it to another process.
@@ -40,7 +36,8 @@ impl Place {
     pub async fn sql(&self, sql: &str) {
         match &self.database {
             Database::Sqlite(file) => {
-                let mut c = SqliteConnection::connect(file.to_str().unwrap()).await.unwrap();
+                let options = SqliteConnectOptions::new().filename(file).create_if_missing(true);
+                let mut c = SqliteConnection::connect_with(&options).await.unwrap();
                 sqlx::raw_sql(sql).execute(&mut c).await.unwrap();
                 c.close().await.unwrap();
             }
@@ -79,7 +76,7 @@ pub fn settings(database: Database) -> AccountSettings {
 
 pub fn sqlite() -> Place {
     let folder = tempfile::tempdir().unwrap();
-    Place { database: Database::Sqlite(folder.path().join("accounts.db")), folder }
+    Place { database: Database::Sqlite(folder.path().join("accounts.db")), _folder: folder }
 }
 
 /// A database of its own in the cluster of this process; `None`, and said so,
@@ -95,7 +92,7 @@ pub async fn postgres(test: &str) -> Option<Place> {
     let mut c = PgConnection::connect(&url(socket, "postgres")).await.unwrap();
     sqlx::query(&format!("CREATE DATABASE {name}")).execute(&mut c).await.unwrap();
     c.close().await.unwrap();
-    Some(Place { database: Database::Postgres(url(socket, &name)), folder: tempfile::tempdir().unwrap() })
+    Some(Place { database: Database::Postgres(url(socket, &name)), _folder: tempfile::tempdir().unwrap() })
 }
 
 fn url(socket: &Path, name: &str) -> String {
