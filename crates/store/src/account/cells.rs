@@ -274,7 +274,7 @@ impl Claims {
     }
 
     /// The claims to write, absolute, given what is claimed now.
-    pub(super) fn to_write(&mut self, front: &Front, replicas: i128) -> Vec<(CellId, i128)> {
+    pub(super) fn grant(&mut self, front: &Front, replicas: i128) -> Vec<(CellId, i128)> {
         let ids: Vec<CellId> = self.grants.keys().cloned().collect();
         let mut out = Vec::with_capacity(ids.len());
         for id in ids {

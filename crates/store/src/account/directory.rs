@@ -18,13 +18,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// Prefix, hash, and until when: the last secret for ever, the one before for as
+/// long as its rotation says.
+type KnownSecret = (String, Digest, Option<i64>);
+
 /// A key's hashes and what they open.
 #[derive(Debug)]
 struct Holder {
     access: Arc<Access>,
-    /// Prefix, hash, and until when: the last secret for ever, the one before
-    /// for as long as its rotation says.
-    secrets: Vec<(String, Digest, Option<i64>)>,
+    secrets: Vec<KnownSecret>,
 }
 
 #[derive(Debug, Default)]
@@ -125,7 +127,7 @@ impl Directory {
         let hash = Digest::of(secret.as_bytes());
         let candidates = index.by_prefix.get(prefix).into_iter().flatten();
         for holder in candidates.filter_map(|id| index.keys.get(id)) {
-            let fits = |(_, h, until): &(String, Digest, Option<i64>)| same(h, &hash) && until.is_none_or(|u| now_ms < u);
+            let fits = |(_, h, until): &KnownSecret| same(h, &hash) && until.is_none_or(|u| now_ms < u);
             if holder.secrets.iter().any(fits) {
                 return holder.access.good(now_ms).map(|()| holder.access.clone());
             }
@@ -134,7 +136,7 @@ impl Directory {
     }
 }
 
-fn secrets(row: &KeyRow) -> Result<Vec<(String, Digest, Option<i64>)>, AccountError> {
+fn secrets(row: &KeyRow) -> Result<Vec<KnownSecret>, AccountError> {
     let digest = |s: &str| s.parse().map_err(|e| AccountError::Corrupt(format!("{}: {e}", row.id)));
     let mut secrets = vec![(row.prefix.clone(), digest(&row.hash)?, None)];
     if let (Some(prefix), Some(hash), Some(until)) = (&row.old_prefix, &row.old_hash, row.old_until_ms) {
@@ -144,7 +146,7 @@ fn secrets(row: &KeyRow) -> Result<Vec<(String, Digest, Option<i64>)>, AccountEr
 }
 
 impl Index {
-    fn put(&mut self, teams: Vec<Team>, keys: Vec<(Key, Vec<(String, Digest, Option<i64>)>)>) {
+    fn put(&mut self, teams: Vec<Team>, keys: Vec<(Key, Vec<KnownSecret>)>) {
         let changed: HashSet<String> = teams.iter().map(|t| t.id.clone()).collect();
         self.teams.extend(teams.into_iter().map(|t| (t.id.clone(), t)));
         if !changed.is_empty() {

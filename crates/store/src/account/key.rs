@@ -344,7 +344,7 @@ mod tests {
         let nothing = limit(r#"{"measure":"money","window":"month","amount":"5"}"#);
         let euros = limit(r#"{"measure":"money","window":"month","amount":"5","currency":"euro"}"#);
         let minus = limit(r#"{"measure":"tokens","window":"day","amount":"-1"}"#);
-        assert!(limit::check("limits", &[requests.clone()]).is_ok());
+        assert!(limit::check("limits", std::slice::from_ref(&requests)).is_ok());
         for (wrong, said) in [
             (vec![requests.clone(), requests.clone()], "limits[1]: requests per minute is limited twice"),
             (vec![half], "no whole number"),

@@ -21,7 +21,7 @@ use std::{
     collections::BTreeMap,
     sync::{Arc, atomic::Ordering::Relaxed},
 };
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 /// A request that asks to be let in.
 #[derive(Debug, Clone, Default)]
@@ -199,7 +199,7 @@ pub struct Reservation {
 pub struct Settled {
     /// What it cost.
     pub cost: Cost,
-    written: Option<oneshot::Receiver<()>>,
+    written: Option<(oneshot::Receiver<()>, mpsc::UnboundedSender<Entry>)>,
 }
 
 impl Settled {
@@ -211,7 +211,11 @@ impl Settled {
     /// settled by others.
     pub async fn written(self) -> Result<(), AccountError> {
         match self.written {
-            Some(written) => written.await.map_err(|_| AccountError::Closed),
+            Some((written, entries)) => {
+                // Makes the writer hurry.
+                let _ = entries.send(Entry::Flush(oneshot::channel().0));
+                written.await.map_err(|_| AccountError::Closed)
+            }
             None => Err(AccountError::Closed),
         }
     }
@@ -380,7 +384,7 @@ impl Reservation {
             ack: Some(ack),
         };
         let sent = self.shared.entries.send(Entry::Settle(entry)).is_ok();
-        Settled { cost, written: sent.then_some(written) }
+        Settled { cost, written: sent.then(|| (written, self.shared.entries.clone())) }
     }
 }
 

@@ -281,7 +281,12 @@ static INSERT: LazyLock<String> = LazyLock::new(|| {
         false => format!("e.value->>'{name}'"),
     });
     let values = values.collect::<Vec<_>>().join(", ");
-    format!("INSERT INTO usage ({}) SELECT {values} FROM EACH($1) AS e WHERE 1 = 1 ON CONFLICT (id) DO NOTHING", names.join(", "))
+    // Materialized: SQLite would write each row's JSON anew for each column.
+    format!(
+        "INSERT INTO usage ({}) WITH e AS MATERIALIZED (SELECT x.value FROM EACH($1) AS x) \
+         SELECT {values} FROM e WHERE 1 = 1 ON CONFLICT (id) DO NOTHING",
+        names.join(", ")
+    )
 });
 
 /// `SELECT` of whole rows as JSON objects.

@@ -18,7 +18,7 @@
 use super::{
     AccountError, AccountSettings, ReserveError, Shared,
     cells::{Cells, CellId, Claims, Need},
-    db::{self, Db, Tx},
+    db::{self, Database, Db, Tx},
     reserve::Reservation,
     sweep, usage,
 };
@@ -33,6 +33,9 @@ use tokio::sync::{mpsc, oneshot};
 
 /// Entries of one transaction at most: some milliseconds of work.
 const BATCH: usize = 1024;
+
+/// How long a settlement waits for others.
+const LINGER: Duration = Duration::from_millis(5);
 
 /// A request that memory let in, to be written down.
 pub(super) struct Admit {
@@ -137,6 +140,9 @@ impl Writer {
     pub(super) async fn run(mut self, mut entries: mpsc::UnboundedReceiver<Entry>) {
         let mut tick = tokio::time::interval(self.settings.tick);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // Settlements that nobody waits for wait for company, so that no admission
+        // waits for them.
+        let (mut held, mut until) = (Vec::new(), tokio::time::Instant::now());
         loop {
             let mut batch = Batch::default();
             let ticked = tokio::select! {
@@ -144,11 +150,22 @@ impl Writer {
                     Some(entry) => { batch.take(entry); false }
                     None => break,
                 },
+                _ = tokio::time::sleep_until(until), if !held.is_empty() => false,
                 _ = tick.tick() => true,
             };
             for _ in 0..BATCH {
                 let Ok(entry) = entries.try_recv() else { break };
                 batch.take(entry);
+            }
+            let now = tokio::time::Instant::now();
+            if held.is_empty() {
+                until = now + LINGER;
+            }
+            held.append(&mut batch.settles);
+            if now >= until || batch.hurries() || held.len() >= BATCH {
+                batch.settles = std::mem::take(&mut held);
+            } else if batch.is_empty() && !ticked {
+                continue;
             }
             let close = batch.close.take();
             self.turn(batch, ticked).await;
@@ -164,6 +181,7 @@ impl Writer {
                 return;
             }
         }
+        self.backlog.append(&mut held);
         // Nobody waits for the answer; what cannot be written now is found by others.
         let _ = self.leave().await;
     }
@@ -295,7 +313,7 @@ impl Writer {
                 let verdict = claims.decide(&mut front, &ask.reservation.needs());
                 verdicts.push(verdict.map_or_else(|e| Verdict::No(Box::new(e)), |()| Verdict::Yes));
             }
-            grants = claims.to_write(&front, self.replicas);
+            grants = claims.grant(&front, self.replicas);
         }
         let admitted = insert_reservations(&mut tx, &self.member.id, batch, verdicts).await?;
         settle(&mut tx, &batch.settles).await?;
@@ -309,6 +327,10 @@ impl Writer {
     }
 
     async fn hold_lease(&self, tx: &mut Tx, renew: bool) -> Result<(), AccountError> {
+        if !renew && matches!(self.settings.database, Database::Sqlite(_)) {
+            // Our locked file says that we live.
+            return Ok(());
+        }
         let held = if renew {
             let sql = "UPDATE replica SET lease_until_ms = NOW_MS + CAST($1 AS BIGINT) WHERE id = $2";
             tx.execute(sql, &[&self.settings.lease.as_millis().to_string(), &self.member.id]).await? == 1
@@ -348,7 +370,7 @@ impl Writer {
     }
 
     async fn write_counters(&mut self, tx: &mut Tx, grants: Vec<(CellId, i128)>) -> Result<(), AccountError> {
-        let rows: Vec<(Arc<str>, i64, Option<i64>, Decimal, Decimal)> = {
+        let rows: Vec<CounterRow> = {
             let front = self.cells.lock();
             let granted: HashSet<&CellId> = grants.iter().map(|(id, _)| id).collect();
             let dirty = self.dirty.iter().filter(|id| !granted.contains(id));
@@ -415,6 +437,9 @@ impl Writer {
     }
 }
 
+/// Limit, start and end of the window, spent, claimed.
+type CounterRow = (Arc<str>, i64, Option<i64>, Decimal, Decimal);
+
 /// What became of an [`Ask`].
 enum Verdict {
     Yes,
@@ -438,8 +463,8 @@ async fn insert_reservations(
         return Ok(HashSet::new());
     }
     rows.push(']');
-    let sql = "INSERT INTO reservation (id, replica, body) SELECT e.value->>0, $2, CAST(e.value->1 AS TEXT) \
-               FROM EACH($1) AS e WHERE NOT EXISTS (SELECT 1 FROM usage WHERE usage.id = e.value->>0) \
+    let sql = "INSERT INTO reservation (id, replica, body) WITH e AS MATERIALIZED (SELECT x.value FROM EACH($1) AS x) \
+               SELECT e.value->>0, $2, CAST(e.value->1 AS TEXT) FROM e WHERE NOT EXISTS (SELECT 1 FROM usage WHERE usage.id = e.value->>0) \
                ON CONFLICT (id) DO NOTHING RETURNING id";
     Ok(tx.rows(sql, &[&rows, replica]).await?.into_iter().collect())
 }
@@ -471,6 +496,11 @@ impl Batch {
 
     fn is_empty(&self) -> bool {
         self.admits.is_empty() && self.asks.is_empty() && self.settles.is_empty() && self.flushes.is_empty()
+    }
+
+    /// Whether someone waits for what was settled.
+    fn hurries(&self) -> bool {
+        !self.flushes.is_empty() || self.close.is_some()
     }
 
     /// Tells all who wait that it is written. Of several with one id the first

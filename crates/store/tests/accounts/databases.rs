@@ -132,6 +132,8 @@ async fn start() -> Option<PathBuf> {
         wait
         rm -rf "$1"
     "#;
+    // It ends when we do: there is nobody left to wait for it.
+    #[allow(clippy::zombie_processes)]
     let mut child = shell
         .args(["-c", script])
         .arg(&bin)

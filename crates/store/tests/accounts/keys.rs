@@ -16,8 +16,8 @@ async fn a_key_lives_and_ends(place: Place) {
     let team = accounts.create_team(&team).await.unwrap();
     let settings = KeySettings { team: Some(team.id.clone()), max_priority: Some(3), ..named("docs\0".trim_end_matches('\0')) };
     let (key, secret) = accounts.create_key(&settings).await.unwrap();
-    assert_eq!(accounts.keys().await.unwrap(), [key.clone()]);
-    assert_eq!(accounts.teams().await.unwrap(), [team.clone()]);
+    assert_eq!(accounts.keys().await.unwrap(), std::slice::from_ref(&key));
+    assert_eq!(accounts.teams().await.unwrap(), std::slice::from_ref(&team));
 
     let access = accounts.authenticate(secret.reveal()).unwrap();
     assert_eq!((access.key(), access.team()), (&key, Some(&team)));

@@ -85,8 +85,9 @@ async fn sums_are_exact(place: Place) {
     assert_eq!((huge.cost.cost, huge.cost.no_cost_reason.as_deref()), (None, Some("the cost is out of range")));
     let sums = accounts.usage_sums(&UsageFilter::default(), &[Dimension::ApiKey]).await.unwrap();
     assert_eq!(sums.len(), 2);
-    for (sum, key) in sums.iter().zip(&keys) {
-        assert_eq!((&sum.of[0], sum.requests, sum.unpriced), (&key.key().id, 4, 1));
+    for key in &keys {
+        let sum = sums.iter().find(|s| s.of[0] == key.key().id).unwrap();
+        assert_eq!((sum.requests, sum.unpriced), (4, 1));
         assert_eq!(sum.cost, "27000000.000003".parse::<Decimal>().unwrap());
         assert_eq!((sum.parts[0], sum.parts[1]), (sum.cost, Decimal::ZERO));
     }
