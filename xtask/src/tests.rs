@@ -30,6 +30,7 @@ pub(crate) fn run(root: &Path, peers: &Peers) -> Result<()> {
         ("ASHLAR_PEERS_PYTHON", &peers.python),
         ("ASHLAR_TRANSFORMERS_PYTHON", &peers.transformers),
         ("ASHLAR_PEERS_BROWSER", &peers.browser),
+        ("ASHLAR_POSTGRES_BIN", &peers.postgres),
     ];
     for (name, path) in known {
         if let Some(path) = path {

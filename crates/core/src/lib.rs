@@ -1,5 +1,5 @@
 //! The vocabulary every other crate speaks: digests, ids, artifact kinds,
-//! canonical JSON, error hints, block types and the clock.
+//! canonical JSON, error hints, block types, exact decimals and the clock.
 //!
 //! What may not happen here: no I/O, no threads, no dependency on another
 //! Ashlar crate. The wall clock is read in [`clock`] alone, so that everything
@@ -12,14 +12,18 @@
 //! ```
 
 pub mod clock;
+pub mod decimal;
 pub mod digest;
 pub mod dtype;
 pub mod hint;
 pub mod id;
 pub mod json;
 pub mod kind;
+pub mod window;
 
+pub use decimal::{Decimal, DecimalError, Rate};
 pub use digest::{Digest, DigestError, Hasher};
 pub use dtype::DType;
 pub use hint::{Fault, Hint};
 pub use kind::ArtifactKind;
+pub use window::Window;

@@ -5,6 +5,7 @@
 //! | path | content |
 //! |---|---|
 //! | `objects/sha256/ab/<hex>` | immutable bytes, named by their digest |
+//! | `accounts.db` | SQLite: keys, limits, usage; elsewhere with PostgreSQL ([`account`]) |
 //! | `ledger.db` | SQLite: artifacts, runs, documents, releases, responses |
 //! | `log/` | hashes and checkpoint of the Merkle tree over the ledger's entries |
 //! | `runs/<key>/` | scratch of runs that are not finished |
@@ -42,6 +43,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod account;
 mod document;
 mod error;
 mod ledger;
@@ -56,6 +58,11 @@ mod run;
 mod trace;
 mod verify;
 
+pub use account::{
+    Access, AccountError, AccountSettings, AccountStats, Accounts, Cost, Counts, Database, Denied, Dimension, Exceeded, Finish,
+    Key, KeySettings, Limit, Measure, PriceList, Request, Reservation, ReserveError, Scope, Secret, Settled, Standing, Team,
+    TeamSettings, TokenClass, Tokens, UsageFilter, UsageRow, UsageSum, Used,
+};
 pub use document::{DocumentRow, Observation};
 pub use error::StoreError;
 pub use ledger::{Artifact, Store};
