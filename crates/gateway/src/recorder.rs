@@ -16,11 +16,14 @@
 //! and with the end of the process.
 
 use crate::{
-    app::App,
+    app::{App, Prices},
+    ask::Ask,
     metrics::{Metrics, Sample},
     refusal,
+    route::{Decision, Target},
+    upstream::{End as Ending, Piece, Tokens},
 };
-use ashlar_api::{Event, Timings, Usage};
+use ashlar_api::Timings;
 use ashlar_core::clock;
 use ashlar_store::{Admission, Settlement, Store, StoreError};
 use std::{
@@ -137,11 +140,14 @@ pub(crate) struct Intake {
     pub(crate) seed: Option<u64>,
     pub(crate) stream: bool,
     pub(crate) arrived: Instant,
+    /// Tokens of the prompt, guessed: what is booked when no one counts.
+    pub(crate) prompt_estimate: u32,
+    pub(crate) decision: Arc<Decision>,
 }
 
 /// How a response ended.
 enum End<'a> {
-    Done(&'a str, Usage, Timings),
+    Done(&'a Ending),
     Failed(&'a str),
     Cancelled,
 }
@@ -150,6 +156,11 @@ enum End<'a> {
 pub(crate) struct Recorder {
     app: Arc<App>,
     live: Arc<Live>,
+    decision: Arc<Decision>,
+    price: Option<Prices>,
+    prompt_estimate: u32,
+    /// Something was sent to a backend that bills by what it reads.
+    remote: bool,
     answer: String,
     cached: u32,
     started: Option<Instant>,
@@ -193,6 +204,10 @@ impl Recorder {
         let mut recorder = Self {
             app,
             live,
+            decision: intake.decision,
+            price: None,
+            prompt_estimate: intake.prompt_estimate,
+            remote: false,
             answer: String::new(),
             cached: 0,
             started: None,
@@ -217,42 +232,47 @@ impl Recorder {
         &self.live.id
     }
 
-    /// Takes note of an event; one that ends the answer is settled before this
-    /// returns, so that whoever sees the end also finds the record.
-    pub(crate) async fn note(&mut self, event: &Event) {
-        let now = Instant::now();
-        match event {
-            Event::Started {
-                prompt_tokens,
-                cached_tokens,
-            } => {
+    /// The backend failed in the middle of its answer.
+    pub(crate) fn upstream_error(&self, backend: &str, class: &'static str) {
+        self.app.metrics.upstream_error(backend, class);
+    }
+
+    /// The request is with `target` from now on.
+    pub(crate) fn sent_to(&mut self, target: &Target, remote: bool) {
+        self.price = target.price;
+        self.remote = remote;
+    }
+
+    /// Takes note of a piece that came at `now`; one that ends the answer is
+    /// settled before this returns, so that whoever sees the end also finds the
+    /// record.
+    pub(crate) async fn note(&mut self, piece: &Piece, now: Instant) {
+        match piece {
+            Piece::Started { prompt_tokens, cached_tokens } => {
                 self.started = Some(now);
                 self.cached = *cached_tokens;
                 self.live.prompt.store(*prompt_tokens, Relaxed);
             }
-            Event::Token { text, .. } => {
-                self.answer.push_str(text);
-                self.live.tokens.fetch_add(1, Relaxed);
-                match self.last {
-                    Some(last) => self.app.metrics.token_gap((now - last).as_secs_f64()),
-                    None => {
-                        self.first = Some(now);
-                        let us = (now - self.live.arrived).as_micros();
-                        let us = u64::try_from(us).unwrap_or(u64::MAX - 1);
-                        self.live.ttft_us.store(us + 1, Relaxed);
-                    }
-                }
-                self.last = Some(now);
-            }
-            Event::Done {
-                finish,
-                usage,
-                timings,
-            } => {
-                let end = End::Done(finish.as_str(), *usage, *timings);
-                self.settle_and_wait(end).await;
+            Piece::Text(text) => self.token(text, 1, now),
+            Piece::Chunk(chunk) if chunk.gains > 0 => self.token(&chunk.text, chunk.gains, now),
+            Piece::Chunk(_) => {}
+            Piece::Done(end) => self.settle_and_wait(End::Done(end)).await,
+        }
+    }
+
+    fn token(&mut self, text: &str, tokens: u32, now: Instant) {
+        self.answer.push_str(text);
+        self.live.tokens.fetch_add(tokens, Relaxed);
+        match self.last {
+            Some(last) => self.app.metrics.token_gap((now - last).as_secs_f64()),
+            None => {
+                self.first = Some(now);
+                let us = (now - self.live.arrived).as_micros();
+                let us = u64::try_from(us).unwrap_or(u64::MAX - 1);
+                self.live.ttft_us.store(us + 1, Relaxed);
             }
         }
+        self.last = Some(now);
     }
 
     /// Settles as an error, and waits for it to be written.
@@ -277,20 +297,32 @@ impl Recorder {
         if !std::mem::take(&mut self.open) {
             return false;
         }
-        let counted = Usage::new(
-            self.live.prompt.load(Relaxed),
-            self.cached,
-            self.live.tokens.load(Relaxed),
-        );
-        let since = |t: Option<Instant>| t.map(|t| (t - self.live.arrived).as_secs_f64());
-        let (finish, usage, queue_s, error) = match end {
-            End::Done(finish, usage, t) => (finish, usage, Some(t.queue_ms / 1e3), None),
-            End::Failed(e) => ("error", counted, since(self.started), Some(e.to_owned())),
-            End::Cancelled => ("cancelled", counted, since(self.started), None),
+        let tokens = self.live.tokens.load(Relaxed);
+        let counted = match self.live.prompt.load(Relaxed) {
+            // No one counted: what was read is a guess, what came is at least
+            // this.
+            0 if self.remote => Tokens::estimate(self.prompt_estimate, tokens),
+            prompt => Tokens {
+                input: prompt.saturating_sub(self.cached),
+                cache_read: self.cached.min(prompt),
+                output: tokens,
+                ..Tokens::default()
+            },
         };
+        let since = |t: Option<Instant>| t.map(|t| (t - self.live.arrived).as_secs_f64());
+        let (finish, tokens, queue_s, error, refused) = match end {
+            End::Done(end) => {
+                let queue_s = end.timings.map(|t: Timings| t.queue_ms / 1e3);
+                (end.finish.as_str(), end.tokens, queue_s, None, end.refused)
+            }
+            End::Failed(e) => ("error", counted, since(self.started), Some(e.to_owned()), false),
+            End::Cancelled => ("cancelled", counted, since(self.started), None, false),
+        };
+        self.decision.settled(tokens);
+        let usage = tokens.usage();
         let (ttft_s, total_s) = (since(self.first), self.live.arrived.elapsed().as_secs_f64());
-        let cost = self.app.state.config.prices.cost(&usage);
-        let refusal = refusal::opens_with_refusal(&self.answer);
+        let cost = self.price.unwrap_or(self.app.state.config.prices).cost(&usage);
+        let refusal = refused || refusal::opens_with_refusal(&self.answer);
         self.app.metrics.settled(&Sample {
             model: &self.live.model,
             endpoint: self.live.endpoint,
@@ -303,6 +335,7 @@ impl Recorder {
             total_s,
             refusal,
             cost,
+            estimated: tokens.estimated,
         });
         let answer = std::mem::take(&mut self.answer);
         let settlement = Settlement {
@@ -327,5 +360,37 @@ impl Drop for Recorder {
     fn drop(&mut self) {
         self.settle(End::Cancelled, None);
         self.app.live.with(|t| t.remove(&self.live.id));
+    }
+}
+
+/// Books a request that was sent to `target` and beaten by another: a row of its
+/// own, with the prompt guessed.
+pub(crate) fn book_lost(app: &Arc<App>, ask: &Ask, model: &str, target: &Target) {
+    let id = ashlar_core::id::new(ask.endpoint.id_prefix());
+    let tokens = Tokens::estimate(ask.prompt_estimate(), 0);
+    let cost = target.price.unwrap_or(app.state.config.prices).cost(&tokens.usage());
+    let admission = Admission {
+        id: id.clone(),
+        release: None,
+        model: model.to_owned(),
+        backend: target.node.name.clone(),
+        endpoint: ask.endpoint.path().to_owned(),
+        at_ms: clock::now_ms(),
+        seed: None,
+        stream: ask.stream,
+    };
+    let settlement = Settlement {
+        finish: "cancelled".into(),
+        prompt_tokens: tokens.prompt().into(),
+        total_ms: ask.arrived.elapsed().as_secs_f64() * 1e3,
+        cost,
+        error: Some("a hedge that lost; its tokens are estimated".into()),
+        ..Settlement::default()
+    };
+    let (ack, _) = oneshot::channel();
+    // The writer takes both in this order, and no one waits for them.
+    let sent = app.ledger.0.send(Entry::Admit(admission, ack));
+    if sent.is_ok() && app.ledger.0.send(Entry::Settle(id, settlement, None)).is_err() {
+        app.metrics.ledger_error();
     }
 }
