@@ -193,13 +193,20 @@ impl App {
             let (requests, errors, opened) = n.health.counts();
             BackendGauges {
                 name: n.name.clone(),
-                available: n.health.check(now).is_ok(),
+                available: n.check(now).is_ok(),
                 circuit: n.health.circuit(now).0,
                 requests,
                 errors,
                 opened,
             }
         });
-        Gauges { in_flight: self.live.len() as u64, engine, backends: backends.collect(), file: self.tables.file() }
+        let canaries = table.canaries().map(|(model, c)| (model.to_owned(), c.rolled_back().is_some()));
+        Gauges {
+            in_flight: self.live.len() as u64,
+            engine,
+            backends: backends.collect(),
+            canaries: canaries.collect(),
+            file: self.tables.file(),
+        }
     }
 }

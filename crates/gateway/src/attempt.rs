@@ -13,7 +13,7 @@ use crate::{
     ask::Ask,
     health::Permit,
     recorder,
-    route::{Attempt, InFlight, Target, random},
+    route::{Attempt, Canary, InFlight, Seen, Target, random},
     table::{Plan, PlanStage, Table},
     upstream::{Piece, Pieces, UpstreamError},
 };
@@ -38,6 +38,8 @@ pub(crate) struct Opened {
     pub(crate) ready: VecDeque<(Piece, Instant)>,
     pub(crate) stream: Pieces,
     pub(crate) flight: InFlight,
+    /// The canary this answer counts for or against.
+    pub(crate) canary: Option<(Arc<Canary>, bool)>,
     _permit: Permit,
 }
 
@@ -134,10 +136,30 @@ impl Attempts<'_> {
                     tokio::time::sleep(Duration::from_secs_f64(most * random())).await;
                 }
             }
+            // Only what a draw assigned counts: no retry, no hedge.
+            let drawn = stage.drawn.filter(|_| attempt == 0);
+            let canary = stage.route.canary.clone().zip(drawn);
+            if let Some((canary, drawn)) = &canary {
+                canary.drawn(*drawn);
+            }
+            let began = Instant::now();
             match self.hedged(stage, target, permit, wait, attempt > 0).await {
-                Ok(opened) => return Ok(opened),
-                Err(e) if e.retryable() => last = Some(e),
-                Err(e) => return Err(e),
+                Ok(mut opened) => {
+                    if let Some((canary, drawn)) = canary.filter(|_| Arc::ptr_eq(&opened.target, target)) {
+                        canary.seen(drawn, Seen::FirstToken(began.elapsed().as_secs_f64()));
+                        opened.canary = Some((canary, drawn));
+                    }
+                    return Ok(opened);
+                }
+                Err(e) => {
+                    if let Some((canary, drawn)) = canary.filter(|_| e.unhealthy()) {
+                        canary.seen(drawn, Seen::Failed);
+                    }
+                    if !e.retryable() {
+                        return Err(e);
+                    }
+                    last = Some(e);
+                }
             }
         }
         Err(last.unwrap_or_else(|| {
@@ -262,7 +284,7 @@ impl Attempts<'_> {
         };
         match begun.await {
             Ok((stream, ready)) => {
-                target.node.health.success();
+                target.node.health.answering();
                 self.note(target, began, "answered".into(), hedge);
                 Ok(Opened {
                     target: target.clone(),
@@ -270,6 +292,7 @@ impl Attempts<'_> {
                     ready,
                     stream,
                     flight,
+                    canary: None,
                     _permit: permit,
                 })
             }

@@ -142,7 +142,7 @@ async fn live(State(app): Shared) -> Json<Value> {
     Json(body)
 }
 
-/// `{backends, models, config_error}`: each backend's health, each target's load.
+/// `{backends, targets, canaries, config}`: each backend's health, each target's load.
 async fn backends(State(app): Shared) -> Json<Value> {
     let (table, now) = (app.tables.now(), std::time::Instant::now());
     let nodes = table.nodes.iter().map(|n| {
@@ -160,8 +160,14 @@ async fn backends(State(app): Shared) -> Json<Value> {
             "usual_answer_tokens": t.load.usual_answer(),
         })
     });
+    let canaries = table.canaries().map(|(model, canary)| {
+        let mut shown = canary.to_json();
+        shown["model"] = json!(model);
+        shown
+    });
     let file = app.tables.file();
     Json(json!({
+        "canaries": canaries.collect::<Vec<_>>(),
         "backends": nodes.collect::<Vec<_>>(), "targets": targets.collect::<Vec<_>>(),
         "config": {"reloads": file.reloads, "failures": file.failures, "error": file.error},
     }))

@@ -146,7 +146,17 @@ impl Health {
         })
     }
 
-    /// A request went well.
+    /// A request has its first token: enough to close the circuit, not to forget
+    /// what was before. A backend that breaks off all its answers opens it again.
+    pub(crate) fn answering(&self) {
+        self.with(|s| {
+            if matches!(s.circuit, Circuit::Open { .. } | Circuit::HalfOpen { .. }) {
+                s.circuit = Circuit::Closed { failures: self.settings.failures - 1 };
+            }
+        });
+    }
+
+    /// A request went well to its end.
     pub(crate) fn success(&self) {
         self.with(|s| {
             s.circuit = Circuit::Closed { failures: 0 };
@@ -273,13 +283,38 @@ mod tests {
     }
 
     #[test]
+    fn answers_that_break_off_open_it_too() {
+        let (h, t) = (health(), Instant::now());
+        for _ in 0..3 {
+            h.answering();
+            h.failure(&UpstreamError::Closed { backend: "b".into(), bytes: 9, why: "reset".into() }, t);
+        }
+        assert_eq!(h.circuit(t).1, "open");
+        let later = t + Duration::from_secs(10);
+        let _trial = h.acquire(later).unwrap();
+        h.answering();
+        assert!(h.acquire(later).is_ok(), "others may come once a trial has its first token");
+        h.failure(&down(), later);
+        assert_eq!(h.circuit(later).1, "open", "one failure suffices then");
+    }
+
+    #[test]
     fn load_and_mistakes_do_not_open_it() {
         let (h, t) = (health(), Instant::now());
         for _ in 0..9 {
             h.failure(&UpstreamError::Local(ApiError::bad_request("no", None, None)), t);
         }
         assert!(h.check(t).is_ok());
-        h.failure(&UpstreamError::Local(ApiError::overloaded("full", 3)), t);
+        let full = UpstreamError::Status {
+            backend: "b".into(),
+            status: 429,
+            message: "full".into(),
+            kind: None,
+            param: None,
+            code: None,
+            retry_after: Some(3),
+        };
+        h.failure(&full, t);
         assert_eq!(h.check(t).unwrap_err().seconds, Some(3));
         assert!(h.check(t + Duration::from_secs(3)).is_ok());
     }

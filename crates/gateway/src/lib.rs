@@ -50,7 +50,7 @@ mod upstream;
 
 pub use app::{GatewayConfig, GatewayState, Prices, Rank, Served};
 pub use config::{
-    BackendSettings, Config, ConfigError, ModelSettings, Policy, RetrySettings, RuleSettings,
+    BackendSettings, CanarySettings, Config, ConfigError, ModelSettings, Policy, RetrySettings, RuleSettings,
     ServerSettings, TargetSettings,
 };
 pub use server::{check, serve};

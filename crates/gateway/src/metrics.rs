@@ -117,6 +117,8 @@ pub(crate) struct Gauges {
     /// Summed over the engines.
     pub(crate) engine: BackendStats,
     pub(crate) backends: Vec<BackendGauges>,
+    /// Models with a canary, and whether it was taken back.
+    pub(crate) canaries: Vec<(String, bool)>,
     /// What came of the configuration file.
     pub(crate) file: crate::table::File,
 }
@@ -316,6 +318,10 @@ impl Gauges {
             for b in &self.backends {
                 p.line(name, &[("backend", &b.name)], read(b));
             }
+        }
+        p.head("canary_rolled_back", "gauge", "1 once the model's canary was taken back.");
+        for (model, back) in &self.canaries {
+            p.line("canary_rolled_back", &[("model_name", model)], f64::from(u8::from(*back)));
         }
         for (name, kind, help, v) in [
             ("config_reloads_total", "counter", "New configurations put to work.", self.file.reloads as f64),

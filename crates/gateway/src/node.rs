@@ -2,7 +2,7 @@
 
 use crate::{
     config::{BackendSettings, ConfigError},
-    health::{Health, HealthSettings},
+    health::{Health, HealthSettings, Unfit},
     upstream::{Anthropic, Dialect, Link, LinkSettings, Local, OpenAi, Upstream, UpstreamError},
 };
 use ashlar_api::Backend;
@@ -100,6 +100,14 @@ impl Node {
             _ => Box::new(OpenAi { link, dialect, probe }),
         };
         Ok(Self::of(name.to_owned(), dialect, upstream, health(settings), Some(settings.clone())))
+    }
+
+    /// Whether it could be asked at `now`.
+    pub(crate) fn check(&self, now: Instant) -> Result<(), Unfit> {
+        if let Some(why) = self.upstream.unhealthy() {
+            return Err(Unfit { why, seconds: None });
+        }
+        self.health.check(now)
     }
 
     /// Probes it from now on, until it is dropped.

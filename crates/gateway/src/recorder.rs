@@ -36,6 +36,9 @@ use std::{
 };
 use tokio::sync::{mpsc, oneshot};
 
+/// Most entries taken at once.
+const BATCH: usize = 256;
+
 enum Entry {
     Admit(Admission, oneshot::Sender<Result<(), StoreError>>),
     Settle(String, Settlement, Option<oneshot::Sender<()>>),
@@ -51,28 +54,9 @@ impl Ledger {
     pub(crate) fn new(store: Store, metrics: Arc<Metrics>) -> (Self, impl Future<Output = ()>) {
         let (tx, mut rx) = mpsc::unbounded_channel();
         let writer = async move {
-            while let Some(entry) = rx.recv().await {
-                // A receiver that is gone does not wait for the answer.
-                match entry {
-                    Entry::Admit(admission, ack) => {
-                        let result = store.admit(&admission).await;
-                        if result.is_err() {
-                            metrics.ledger_error();
-                        }
-                        let _ = ack.send(result);
-                    }
-                    Entry::Settle(id, settlement, ack) => {
-                        if store.settle(&id, &settlement).await.is_err() {
-                            metrics.ledger_error();
-                        }
-                        if let Some(ack) = ack {
-                            let _ = ack.send(());
-                        }
-                    }
-                    Entry::Flush(ack) => {
-                        let _ = ack.send(());
-                    }
-                }
+            let mut batch = Vec::with_capacity(BATCH);
+            while rx.recv_many(&mut batch, BATCH).await > 0 {
+                write(&store, &metrics, batch.drain(..)).await;
             }
         };
         (Self(tx), writer)
@@ -83,6 +67,33 @@ impl Ledger {
         let (ack, done) = oneshot::channel();
         if self.0.send(Entry::Flush(ack)).is_ok() {
             let _ = done.await;
+        }
+    }
+}
+
+/// Writes entries in their order. A receiver that is gone does not wait for the
+/// answer.
+async fn write(store: &Store, metrics: &Metrics, batch: impl Iterator<Item = Entry>) {
+    for entry in batch {
+        match entry {
+            Entry::Admit(admission, ack) => {
+                let result = store.admit(&admission).await;
+                if result.is_err() {
+                    metrics.ledger_error();
+                }
+                let _ = ack.send(result);
+            }
+            Entry::Settle(id, settlement, ack) => {
+                if store.settle(&id, &settlement).await.is_err() {
+                    metrics.ledger_error();
+                }
+                if let Some(ack) = ack {
+                    let _ = ack.send(());
+                }
+            }
+            Entry::Flush(ack) => {
+                let _ = ack.send(());
+            }
         }
     }
 }
@@ -162,6 +173,8 @@ pub(crate) struct Recorder {
     /// Something was sent to a backend that bills by what it reads.
     remote: bool,
     answer: String,
+    /// The answer, once settled, was a refusal.
+    refused: bool,
     cached: u32,
     started: Option<Instant>,
     first: Option<Instant>,
@@ -209,6 +222,7 @@ impl Recorder {
             prompt_estimate: intake.prompt_estimate,
             remote: false,
             answer: String::new(),
+            refused: false,
             cached: 0,
             started: None,
             first: None,
@@ -230,6 +244,11 @@ impl Recorder {
 
     pub(crate) fn id(&self) -> &str {
         &self.live.id
+    }
+
+    /// Whether the settled answer was a refusal.
+    pub(crate) fn refused(&self) -> bool {
+        self.refused
     }
 
     /// The backend failed in the middle of its answer.
@@ -323,6 +342,7 @@ impl Recorder {
         let (ttft_s, total_s) = (since(self.first), self.live.arrived.elapsed().as_secs_f64());
         let cost = self.price.unwrap_or(self.app.state.config.prices).cost(&usage);
         let refusal = refused || refusal::opens_with_refusal(&self.answer);
+        self.refused = refusal;
         self.app.metrics.settled(&Sample {
             model: &self.live.model,
             endpoint: self.live.endpoint,

@@ -7,16 +7,18 @@
 use crate::{
     app::{App, GatewayState},
     ask::{Ask, Endpoint},
-    config::ConfigError,
+    config::{Config, ConfigError},
     console,
     error::{Failure, refuse},
     intake,
     metrics::Metrics,
+    node::Node,
     recorder::{Ledger, LiveTable},
     reply::{Form, RESPONSE_ID},
     route::Decisions,
     session::Session,
     table::{Table, Tables},
+    upstream::Dialect,
 };
 use ashlar_api::{ModelInfo, ModelList, ModelObject};
 use axum::{
@@ -26,6 +28,7 @@ use axum::{
     middleware::{self, Next},
     response::{IntoResponse as _, Response},
     routing::{get, post},
+    serve::ListenerExt as _,
 };
 use serde_json::json;
 use std::{
@@ -46,13 +49,14 @@ const CLOSING: Duration = Duration::from_secs(2);
 /// How often the configuration file is looked at.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Whether `state`'s configuration can be put to work: keys are there,
-/// certificates can be read, engines are known.
+/// Whether the servers of `config` can be set up: keys are there, certificates
+/// can be read, addresses are addresses. Nothing is sent.
 ///
 /// # Errors
 /// What [`serve`] would refuse at its start.
-pub fn check(state: &GatewayState) -> Result<(), ConfigError> {
-    Table::build(state, state.routing.clone(), None).map(drop)
+pub fn check(config: &Config) -> Result<(), ConfigError> {
+    let servers = config.backends.iter().filter(|(_, b)| b.kind != Some(Dialect::Engine));
+    servers.map(|(name, settings)| Node::server(name, settings)).try_for_each(|n| n.map(drop))
 }
 
 /// Serves `state` on `listener` until `shutdown` is ready, then stops in order.
@@ -86,6 +90,12 @@ pub async fn serve(
     });
     let watching = watch_file(app.clone());
     let (fired, told) = oneshot::channel();
+    // A stream's pieces are small: waiting for an acknowledgement before the next
+    // one costs 40 ms each.
+    let listener = listener.tap_io(|socket| {
+        // A socket that is gone already fails at its first use.
+        let _ = socket.set_nodelay(true);
+    });
     let server = axum::serve(listener, router(app.clone(), listen)).with_graceful_shutdown(async {
         shutdown.await;
         let _ = fired.send(());
@@ -228,10 +238,7 @@ async fn model(State(app): Shared, Path(id): Path<String>) -> Result<Json<ModelO
 async fn health(State(app): Shared) -> Response {
     let now = Instant::now();
     let table = app.tables.now();
-    let unhealthy = |n: &crate::node::Node| {
-        let engine = n.upstream.stats().and_then(|s| s.unhealthy);
-        engine.or_else(|| n.health.check(now).err().map(|u| u.why))
-    };
+    let unhealthy = |n: &Node| n.check(now).err().map(|u| u.why);
     let backends: Vec<_> =
         table.nodes.iter().map(|n| json!({"name": n.name, "kind": n.dialect, "unhealthy": unhealthy(n)})).collect();
     let serving = backends.iter().any(|b| b["unhealthy"].is_null());

@@ -10,7 +10,7 @@ use crate::{
     attempt::{Attempts, Opened},
     error::Failure,
     recorder::{Intake, Recorder},
-    route::{InFlight, Target},
+    route::{Canary, InFlight, Seen, Target},
     table::{Plan, Table},
     upstream::{Dialect, Piece, Pieces, UpstreamError},
 };
@@ -26,6 +26,7 @@ pub(crate) struct Session {
     model: String,
     target: Option<Arc<Target>>,
     flight: Option<InFlight>,
+    canary: Option<(Arc<Canary>, bool)>,
     pieces: Option<Pieces>,
     /// Read ahead so that an early failure still has its HTTP status.
     ready: VecDeque<Piece>,
@@ -86,6 +87,7 @@ impl Session {
             model,
             target: None,
             flight: None,
+            canary: None,
             pieces: None,
             ready: VecDeque::new(),
             last: None,
@@ -105,10 +107,10 @@ impl Session {
     }
 
     async fn take(&mut self, opened: Opened) {
-        let Opened { target, model, ready, stream, flight, .. } = opened;
+        let Opened { target, model, ready, stream, flight, canary, .. } = opened;
         self.recorder.sent_to(&target, target.node.dialect != Dialect::Engine);
         (self.model, self.pieces, self.flight) = (model, Some(stream), Some(flight));
-        self.target = Some(target);
+        (self.target, self.canary) = (Some(target), canary);
         for (piece, at) in ready {
             self.note(&piece, at).await;
             self.ready.push_back(piece);
@@ -146,6 +148,10 @@ impl Session {
             Piece::Done(end) => {
                 if let Some(target) = &self.target {
                     target.load.answered(end.tokens.completion());
+                    target.node.health.success();
+                }
+                if let Some((canary, drawn)) = self.canary.as_ref().filter(|_| self.recorder.refused()) {
+                    canary.seen(*drawn, Seen::Refused);
                 }
                 (self.pieces, self.flight) = (None, None);
                 false
@@ -177,6 +183,9 @@ impl Session {
                 if let Some(target) = &target {
                     target.node.health.failure(&e, std::time::Instant::now());
                     self.recorder.upstream_error(&target.node.name, e.class());
+                }
+                if let Some((canary, drawn)) = self.canary.as_ref().filter(|_| e.unhealthy()) {
+                    canary.seen(*drawn, Seen::Failed);
                 }
                 ApiError::from(e)
             })

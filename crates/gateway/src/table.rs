@@ -12,7 +12,7 @@ use crate::{
     ask::Ask,
     config::{Config, ConfigError, ModelSettings, Policy, RetrySettings},
     node::Node,
-    route::{Budget, Choice, Decision, Load, PrefixIndex, Route, Rule, Target, random},
+    route::{Budget, Canary, Choice, Decision, Load, PrefixIndex, Route, Rule, Target, random},
     upstream::Dialect,
 };
 use ashlar_api::{ApiError, ModelInfo};
@@ -56,6 +56,8 @@ pub(crate) struct PlanStage {
     pub(crate) route: Arc<Route>,
     pub(crate) order: Vec<Arc<Target>>,
     pub(crate) blocks: Vec<u64>,
+    /// Whether a draw gave it to the route's canary.
+    pub(crate) drawn: Option<bool>,
 }
 
 impl Table {
@@ -103,7 +105,13 @@ impl Table {
         let mut routes = BTreeMap::new();
         let mut aliases = BTreeMap::new();
         for (name, settings) in &config.models {
-            let route = route(name, settings, &named, &prefix, &loads)?;
+            let mut route = route(name, settings, &named, &prefix, &loads)?;
+            // One that was taken back stays so until its settings change.
+            let before = old.and_then(|t| t.routes.get(name)?.canary.clone());
+            route.canary = settings.canary.as_ref().map(|c| {
+                let same = before.filter(|b| b.settings == *c);
+                same.unwrap_or_else(|| Arc::new(Canary::new(c.clone())))
+            });
             routes.insert(name.clone(), Arc::new(route));
             aliases.extend(settings.aliases.iter().map(|a| (a.clone(), name.clone())));
         }
@@ -147,6 +155,11 @@ impl Table {
         models
     }
 
+    /// All canaries with their models' names.
+    pub(crate) fn canaries(&self) -> impl Iterator<Item = (&str, &Canary)> {
+        self.routes.values().filter_map(|r| Some((r.name.as_str(), r.canary.as_deref()?)))
+    }
+
     /// All configured targets with their routes.
     pub(crate) fn targets(&self) -> impl Iterator<Item = (&Arc<Route>, &Arc<Target>)> {
         self.routes.values().flat_map(|r| r.targets.iter().map(move |t| (r, t)))
@@ -184,6 +197,7 @@ impl Table {
             context: model.context,
             prefill_scale: 1.0,
             prefix: self.prefix.clone(),
+            canary: None,
         }))
     }
 
@@ -210,10 +224,10 @@ impl Table {
         let mut error = None;
         let fallback = route.fallback.iter().filter_map(|f| self.routes.get(f).cloned());
         for route in std::iter::once(route.clone()).chain(fallback) {
-            let Choice { order, stage, blocks, error: none } = route.choose(ask, now, &mut random);
+            let Choice { order, stage, blocks, drawn, error: none } = route.choose(ask, now, &mut random);
             records.push(stage);
             match none {
-                None => stages.push(PlanStage { route, order, blocks }),
+                None => stages.push(PlanStage { route, order, blocks, drawn }),
                 Some(e) => {
                     error.get_or_insert(e);
                 }
@@ -280,6 +294,7 @@ fn route(
         context: settings.context.unwrap_or(0),
         prefill_scale: settings.prefill_scale.unwrap_or(1.0),
         prefix: prefix.clone(),
+        canary: None,
     })
 }
 

@@ -7,12 +7,14 @@
 //! is chosen, or one is left out without a reason in the record.
 
 mod budget;
+mod canary;
 mod decision;
 mod load;
 mod prefix;
 mod rules;
 
 pub(crate) use budget::Budget;
+pub(crate) use canary::{Canary, Seen};
 pub(crate) use decision::{Attempt, Candidate, Decision, Decisions, Stage};
 pub(crate) use load::{InFlight, Load};
 pub(crate) use prefix::PrefixIndex;
@@ -59,6 +61,7 @@ pub(crate) struct Route {
     pub(crate) context: u32,
     pub(crate) prefill_scale: f64,
     pub(crate) prefix: Arc<PrefixIndex>,
+    pub(crate) canary: Option<Arc<Canary>>,
 }
 
 /// What [`Route::choose`] found.
@@ -69,6 +72,8 @@ pub(crate) struct Choice {
     pub(crate) stage: Stage,
     /// The prompt's blocks, when the policy looks at them.
     pub(crate) blocks: Vec<u64>,
+    /// Whether a draw gave it to the canary, when there was one.
+    pub(crate) drawn: Option<bool>,
     /// Why there is none, when there is none.
     pub(crate) error: Option<ApiError>,
 }
@@ -119,7 +124,7 @@ impl Route {
                 let why = e.message.clone();
                 refused.get_or_insert(e);
                 Some(why)
-            } else if let Err(unfit) = target.node.health.check(now) {
+            } else if let Err(unfit) = target.node.check(now) {
                 unfit_s = Some(match (unfit_s, unfit.seconds) {
                     (Some(Some(a)), Some(b)) => Some(a.min(b)),
                     (Some(a), b) => a.or(b),
@@ -139,11 +144,16 @@ impl Route {
             });
         }
         let mut blocks = Vec::new();
-        let reason = match fit.as_slice() {
+        let (drawn, canary) = self.draw(random, &mut fit, &mut candidates);
+        let mut reason = match fit.as_slice() {
             [] => "no target is left".to_owned(),
             [_] => "the only target left".to_owned(),
             _ => self.score(ask, now, random, &mut fit, &mut candidates, &mut blocks),
         };
+        if let Some(canary) = canary {
+            fit.insert(0, canary);
+            reason = "drawn for the canary".into();
+        }
         let error = fit.is_empty().then(|| self.nobody(&candidates, refused, unfit_s));
         Choice {
             order: fit.iter().map(|i| self.targets[*i].clone()).collect(),
@@ -155,8 +165,34 @@ impl Route {
                 reason,
             },
             blocks,
+            drawn,
             error,
         }
+    }
+
+    /// Takes the canary out of `fit`; gives it back when this request is drawn
+    /// for it.
+    fn draw(
+        &self,
+        random: &mut dyn FnMut() -> f64,
+        fit: &mut Vec<usize>,
+        candidates: &mut [Candidate],
+    ) -> (Option<bool>, Option<usize>) {
+        let Some(canary) = &self.canary else { return (None, None) };
+        let is_it = |i: &usize| self.targets[*i].node.name == canary.settings.backend;
+        let Some(at) = fit.iter().position(is_it) else { return (None, None) };
+        if let Some(why) = canary.rolled_back() {
+            candidates[fit.remove(at)].excluded = Some(format!("the canary was taken back: {why}"));
+            return (None, None);
+        }
+        if fit.len() == 1 {
+            return (None, None);
+        }
+        let (i, drawn) = (fit.remove(at), random() < canary.settings.share);
+        if !drawn {
+            candidates[i].excluded = Some("not drawn for the canary".into());
+        }
+        (Some(drawn), drawn.then_some(i))
     }
 
     /// Sorts `fit`, best first, and says why.

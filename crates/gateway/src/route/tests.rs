@@ -55,6 +55,7 @@ fn route(policy: Policy, targets: Vec<Arc<Target>>) -> Route {
         context: 0,
         prefill_scale: 1.0,
         prefix: Arc::default(),
+        canary: None,
     }
 }
 
@@ -171,4 +172,19 @@ fn rules_restrict_the_candidates() {
     assert_eq!(first(&r, &ask("x", "")), "a");
     let choice = r.choose(&ask(&"x".repeat(300), ""), Instant::now(), &mut random);
     assert_eq!((choice.order[0].node.name.as_str(), choice.stage.rule.as_deref()), ("b", Some("long")));
+}
+
+#[test]
+fn the_canary_gets_its_share_until_it_is_taken_back() {
+    let mut r = route(Policy::Ordered, vec![target("old", 1.0, None), target("new", 1.0, None)]);
+    let settings = crate::config::CanarySettings { backend: "new".into(), share: 0.2, alpha: 0.01 };
+    let canary = Arc::new(Canary::new(settings));
+    r.canary = Some(canary.clone());
+    let asks = ask("x", "");
+    let drawn = (0..2000).filter(|_| first(&r, &asks) == "new").count();
+    assert!((320..480).contains(&drawn), "{drawn}");
+    (0..30).for_each(|_| canary.seen(true, Seen::Failed));
+    let choice = r.choose(&asks, Instant::now(), &mut random);
+    assert!(choice.stage.candidates[1].excluded.as_ref().unwrap().contains("taken back"));
+    assert!((0..200).all(|_| first(&r, &asks) == "old"));
 }

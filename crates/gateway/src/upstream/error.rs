@@ -55,7 +55,8 @@ impl UpstreamError {
             Self::Connect { .. } | Self::Timeout { .. } | Self::Closed { .. } | Self::Malformed { .. } => true,
             Self::TooLarge { .. } => false,
             Self::Status { status, .. } => matches!(status, 401 | 403 | 500..) && *status != 503,
-            Self::Local(e) => e.status >= 500 && e.status != 503,
+            // An engine knows its own state (`Upstream::unhealthy`) and queue.
+            Self::Local(_) => false,
         }
     }
 
@@ -63,7 +64,6 @@ impl UpstreamError {
     pub(crate) fn rest(&self) -> Option<u32> {
         match self {
             Self::Status { status: 429 | 503, retry_after, .. } => *retry_after,
-            Self::Local(e) if matches!(e.status, 429 | 503) => e.retry_after,
             _ => None,
         }
     }

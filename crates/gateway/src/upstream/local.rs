@@ -2,7 +2,7 @@
 
 use super::{End, Piece, Pieces, Tokens, Upstream, UpstreamError};
 use crate::ask::{Ask, Endpoint};
-use ashlar_api::{ApiError, Backend, BackendStats, ChatRequest, CompletionRequest, Event, ModelInfo};
+use ashlar_api::{ApiError, Backend, ChatRequest, CompletionRequest, Event, ModelInfo};
 use futures::StreamExt as _;
 use std::sync::Arc;
 
@@ -50,7 +50,7 @@ impl Upstream for Local {
     }
 
     async fn probe(&self) -> Result<(), UpstreamError> {
-        match self.0.stats().unhealthy {
+        match self.unhealthy() {
             None => Ok(()),
             Some(why) => Err(UpstreamError::Local(ApiError::unavailable(why))),
         }
@@ -60,8 +60,8 @@ impl Upstream for Local {
         self.0.models()
     }
 
-    fn stats(&self) -> Option<BackendStats> {
-        Some(self.0.stats())
+    fn unhealthy(&self) -> Option<String> {
+        self.0.stats().unhealthy
     }
 }
 

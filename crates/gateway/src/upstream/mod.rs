@@ -31,7 +31,7 @@ pub(crate) use local::{Call, Local};
 pub(crate) use openai::{OpenAi, string as json_string};
 
 use crate::ask::Ask;
-use ashlar_api::{ApiError, BackendStats, Finish, ModelInfo, Timings};
+use ashlar_api::{ApiError, Finish, ModelInfo, Timings};
 use futures::Stream;
 use std::pin::Pin;
 
@@ -97,8 +97,8 @@ pub(crate) trait Upstream: Send + Sync {
         Vec::new()
     }
 
-    /// An engine's figures.
-    fn stats(&self) -> Option<BackendStats> {
+    /// Why an engine cannot serve, when it cannot.
+    fn unhealthy(&self) -> Option<String> {
         None
     }
 }
