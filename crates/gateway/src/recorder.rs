@@ -7,10 +7,11 @@
 //! never overtakes its admission and dropping needs no runtime.
 //!
 //! What may not happen here: a second settlement (`open` is cleared by the
-//! first, the store checks it again), or an answer without an admission (the
-//! backend is asked only after the store has acknowledged it). A killed
-//! process leaves admissions open; `Store::settle_orphans` closes those at the
-//! next start.
+//! first, the store checks it again), or an answer without an admission: nothing
+//! of it leaves before the store has acknowledged that ([`Recorder::admitted`]).
+//! The backend is asked meanwhile, so that its time and the disk's are not added
+//! up. A killed process leaves admissions open; `Store::settle_orphans` closes
+//! those at the next start.
 //!
 //! Rejected: a task spawned by each drop, which races with its own admission
 //! and with the end of the process.
@@ -179,15 +180,14 @@ pub(crate) struct Recorder {
     started: Option<Instant>,
     first: Option<Instant>,
     last: Option<Instant>,
+    /// The store's word on the admission, until it is heard.
+    admitted: Option<oneshot::Receiver<Result<(), StoreError>>>,
     open: bool,
 }
 
 impl Recorder {
-    /// Admits the response.
-    ///
-    /// # Errors
-    /// When the store does not take it; there is nothing to settle then.
-    pub(crate) async fn admit(app: Arc<App>, intake: Intake) -> Result<Self, StoreError> {
+    /// Hands the admission to the ledger's writer.
+    pub(crate) fn admit(app: Arc<App>, intake: Intake) -> Self {
         let live = Arc::new(Live {
             id: intake.id.clone(),
             model: intake.model.clone(),
@@ -213,8 +213,8 @@ impl Recorder {
         };
         let sent = app.ledger.0.send(Entry::Admit(admission, ack)).is_ok();
         // From here on the drop settles, also when the client leaves while the
-        // store is still writing.
-        let mut recorder = Self {
+        // store is still writing: the settlement is behind the admission.
+        Self {
             app,
             live,
             decision: intake.decision,
@@ -227,19 +227,23 @@ impl Recorder {
             started: None,
             first: None,
             last: None,
+            admitted: Some(admitted),
             open: sent,
-        };
-        let gone = || StoreError::Task("the ledger's writer has ended".into());
-        let result = if sent {
-            admitted.await.unwrap_or_else(|_| Err(gone()))
-        } else {
-            Err(gone())
-        };
-        if let Err(e) = result {
-            recorder.open = false;
-            return Err(e);
         }
-        Ok(recorder)
+    }
+
+    /// Waits until the admission is written.
+    ///
+    /// # Errors
+    /// When the store does not take it; there is nothing to settle then.
+    pub(crate) async fn admitted(&mut self) -> Result<(), StoreError> {
+        let Some(word) = self.admitted.take() else { return Ok(()) };
+        let gone = || StoreError::Task("the ledger's writer has ended".into());
+        let result = word.await.unwrap_or_else(|_| Err(gone()));
+        if result.is_err() {
+            self.open = false;
+        }
+        result
     }
 
     pub(crate) fn id(&self) -> &str {

@@ -78,9 +78,7 @@ impl Session {
             prompt_estimate: ask.prompt_estimate(),
             decision: plan.decision.clone(),
         };
-        let recorder = Recorder::admit(app.clone(), intake).await.map_err(|e| {
-            ApiError::unavailable(format!("the ledger did not take the request: {e}"))
-        })?;
+        let recorder = Recorder::admit(app.clone(), intake);
         let timeout = table.limits.request_timeout;
         let mut session = Self {
             recorder,
@@ -97,7 +95,12 @@ impl Session {
         };
         session.recorder.sent_to(&first, !engine);
         let attempts = Attempts { app, table, plan: &plan, ask, seed };
-        match session.guarded(attempts.open()).await {
+        let opened = session.guarded(attempts.open()).await;
+        // Also before an error is told: it carries the response's id.
+        session.recorder.admitted().await.map_err(|e| {
+            ApiError::unavailable(format!("the ledger did not take the request: {e}"))
+        })?;
+        match opened {
             Ok(opened) => {
                 session.take(opened).await;
                 Ok(session)
