@@ -128,7 +128,7 @@ pub struct ModelInfo {
     pub created: i64,
     /// Who made it available.
     pub owned_by: String,
-    /// Tokens of prompt and answer together that fit.
+    /// Tokens of prompt and answer together that fit; 0 where that is not known.
     pub context: u32,
 }
 

@@ -256,8 +256,9 @@ pub struct ModelObject {
     pub created: i64,
     /// Who made it available.
     pub owned_by: String,
-    /// Tokens of prompt and answer together (vLLM's name for it).
-    pub max_model_len: u32,
+    /// Tokens of prompt and answer together (vLLM's name for it), where known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_model_len: Option<u32>,
 }
 
 impl From<ModelInfo> for ModelObject {
@@ -267,7 +268,7 @@ impl From<ModelInfo> for ModelObject {
             object: "model".into(),
             created: m.created,
             owned_by: m.owned_by,
-            max_model_len: m.context,
+            max_model_len: (m.context > 0).then_some(m.context),
         }
     }
 }

@@ -66,16 +66,24 @@ enum Verb {
         #[arg(long)]
         dry_run: bool,
     },
-    /// Serve the current release, or a GGUF file, over the OpenAI-compatible API.
+    /// Serve the current release, a GGUF file, or other servers' models over the OpenAI-compatible API.
     Serve {
-        /// A channel's name, a GGUF file, or a folder in Hugging Face's layout.
-        #[arg(long, default_value = "prod", value_name = "NAME|PATH")]
-        model: String,
+        /// A channel's name, a GGUF file, or a folder in Hugging Face's layout [default: prod, when no --config is given].
+        #[arg(long, value_name = "NAME|PATH")]
+        model: Option<String>,
+        /// Backends, models and rules; read again when it changes or on SIGHUP.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
         /// Where to listen.
         #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDR")]
         listen: String,
         #[command(flatten)]
         engine: serve::EngineArgs,
+    },
+    /// Look at what the gateway would do.
+    Gateway {
+        #[command(subcommand)]
+        what: GatewayVerb,
     },
     /// Talk to the current release in the terminal.
     Chat {
@@ -117,6 +125,15 @@ enum Verb {
     Doctor,
 }
 
+#[derive(Subcommand)]
+enum GatewayVerb {
+    /// Check a configuration file and print it with every default filled in.
+    Check {
+        /// The file, as for `serve --config`.
+        file: PathBuf,
+    },
+}
+
 fn main() -> ExitCode {
     let args = Args::parse();
     let done = tokio::runtime::Runtime::new()
@@ -142,7 +159,10 @@ async fn run(args: Args) -> Result<()> {
         Verb::Takedown { id, reason, dry_run } => {
             takedown::run(&home, &id, &reason, dry_run, json).await
         }
-        Verb::Serve { model, listen, engine } => serve::run(&home, &model, &listen, &engine, json).await,
+        Verb::Serve { model, config, listen, engine } => {
+            serve::run(&home, model.as_deref(), config.as_deref(), &listen, &engine, json).await
+        }
+        Verb::Gateway { what: GatewayVerb::Check { file } } => serve::check_config(&file, json),
         Verb::Chat { model, template } => chat::run(&home, &model, template).await,
         Verb::Bench { what } => bench::run(what, json).await,
         Verb::Sign { dir, key } => sign::sign(&dir, &key, json),

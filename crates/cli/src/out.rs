@@ -61,6 +61,7 @@ fn hint(error: &anyhow::Error) -> Option<String> {
             ashlar_quant::MergeError,
             ashlar_govern::GovernError,
             ashlar_formats::FormatError,
+            ashlar_gateway::ConfigError,
         );
     }
     None

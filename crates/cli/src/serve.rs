@@ -4,8 +4,8 @@ use crate::{out, trace::Overlaps};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use ashlar_api::Backend;
 use ashlar_engine::{EngineConfig, KvType, LocalBackend, MemoryPlan};
-use ashlar_gateway::{GatewayState, Served};
-use ashlar_store::Store;
+use ashlar_gateway::{Config, Dialect, GatewayState, Served};
+use ashlar_store::{ReleaseRow, Store};
 use serde_json::{Value, json};
 use std::{
     net::SocketAddr,
@@ -69,8 +69,10 @@ impl EngineArgs {
 /// A running server.
 pub(crate) struct Server {
     address: SocketAddr,
-    model: String,
-    plan: MemoryPlan,
+    /// Ids of what is served, the engines' first.
+    models: Vec<String>,
+    /// The engines' memory.
+    plans: Vec<MemoryPlan>,
     stop: oneshot::Sender<()>,
     task: JoinHandle<std::io::Result<()>>,
 }
@@ -95,20 +97,18 @@ pub(crate) async fn bind(address: &str) -> Result<TcpListener> {
     Ok(listener)
 }
 
-/// Serves what `model` names: a channel's current release, a GGUF file, or a
+/// A model that was opened.
+struct Engine {
+    backend: LocalBackend,
+    /// The id requests use.
+    name: String,
+    release: Option<ReleaseRow>,
+}
+
+/// Opens what `model` names: a channel's current release, a GGUF file, or a
 /// folder in Hugging Face's layout.
-pub(crate) async fn start(
-    store: &Store,
-    model: &str,
-    listener: TcpListener,
-    engine: &EngineArgs,
-) -> Result<Server> {
-    let orphans = store.settle_orphans().await?;
-    if orphans > 0 {
-        out::note(format!("  {orphans} responses of a killed server settled"));
-    }
-    let address = listener.local_addr()?;
-    let (path, name, served) = match store.current(model).await? {
+async fn open(store: &Store, model: &str, engine: &EngineArgs) -> Result<Engine> {
+    let (path, name, release) = match store.current(model).await? {
         Some(release) => {
             if release.revoked {
                 out::note(format!(
@@ -139,25 +139,86 @@ pub(crate) async fn start(
         move || LocalBackend::open(&name, &path, template.as_deref(), config)
     })
     .await??;
-    let plan = backend.plan().clone();
     let name = backend.models().first().map_or(name, |m| m.id.clone());
-    let mut state = GatewayState::new(vec![Arc::new(backend)], store.clone());
-    if let Some(release) = &served {
-        state.releases.push(Served { id: release.id.clone(), channel: release.channel.clone(), model: name.clone() });
-        if let Some(snapshot) = &release.snapshot {
+    Ok(Engine { backend, name, release })
+}
+
+/// Serves what `model` names.
+pub(crate) async fn start(
+    store: &Store,
+    model: &str,
+    listener: TcpListener,
+    engine: &EngineArgs,
+) -> Result<Server> {
+    start_all(store, Some(model), None, listener, engine).await
+}
+
+/// Serves what `model` names and what the file `config` lists.
+async fn start_all(
+    store: &Store,
+    model: Option<&str>,
+    config: Option<&Path>,
+    listener: TcpListener,
+    engine: &EngineArgs,
+) -> Result<Server> {
+    let orphans = store.settle_orphans().await?;
+    if orphans > 0 {
+        out::note(format!("  {orphans} responses of a killed server settled"));
+    }
+    let address = listener.local_addr()?;
+    let mut state = GatewayState::new(Vec::new(), store.clone());
+    if let Some(path) = config {
+        state.routing = read_config(path)?;
+        state.routing_file = Some(path.to_owned());
+    }
+    let listed = state.routing.backends.iter().filter(|(_, b)| b.kind == Some(Dialect::Engine));
+    let listed = listed.filter_map(|(name, b)| Some((Some(name.clone()), b.serve.clone()?)));
+    let wanted: Vec<(Option<String>, String)> = model.map(|m| (None, m.to_owned())).into_iter().chain(listed).collect();
+    let (mut plans, mut models) = (Vec::new(), Vec::new());
+    for (name, model) in wanted {
+        let Engine { backend, name: id, release } = open(store, &model, engine).await?;
+        if let Some(name) = name {
+            state.engines.insert(name, state.backends.len());
+        }
+        plans.push(backend.plan().clone());
+        state.backends.push(Arc::new(backend));
+        models.push(id.clone());
+        let Some(release) = release else { continue };
+        if let Some(snapshot) = release.snapshot.as_ref().filter(|_| state.rank.is_none()) {
             let overlaps = Overlaps::load(store, snapshot).await?;
             state.rank = Some(Arc::new(move |row| {
                 let answer = row.settlement.as_ref().and_then(|s| s.answer.as_deref());
                 answer.map(|a| overlaps.rank(a)).unwrap_or_default()
             }));
         }
+        state.releases.push(Served { id: release.id, channel: release.channel, model: id });
     }
+    models.extend(state.routing.models.keys().filter(|m| !models.contains(m)).cloned().collect::<Vec<_>>());
+    // What would only show once the server's task has ended.
+    ashlar_gateway::check(&state.routing)?;
     let (stop, stopped) = oneshot::channel::<()>();
     let task = tokio::spawn(ashlar_gateway::serve(listener, state, async move {
         // A dropped sender means the server's owner is gone: stop as well.
         let _ = stopped.await;
     }));
-    Ok(Server { address, model: name, plan, stop, task })
+    Ok(Server { address, models, plans, stop, task })
+}
+
+fn read_config(path: &Path) -> Result<Config> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    Config::parse(&text).with_context(|| path.display().to_string())
+}
+
+/// `ashlar gateway check`: the file's resolved form.
+pub(crate) fn check_config(path: &Path, as_json: bool) -> Result<()> {
+    let config = read_config(path)?;
+    ashlar_gateway::check(&config)?;
+    if as_json {
+        return out::json(&serde_json::to_value(&config)?);
+    }
+    out::line(toml::to_string(&config)?.trim_end().to_owned());
+    out::note(format!("{}: {} backends, {} models, nothing was sent", path.display(), config.backends.len(), config.models.len()));
+    Ok(())
 }
 
 impl Server {
@@ -174,7 +235,7 @@ impl Server {
     /// Sends a conversation; the answer is at most 256 tokens.
     pub(crate) async fn chat(&self, messages: &[Value], temperature: Option<f64>) -> Result<Answer> {
         let url = format!("http://{}/v1/chat/completions", self.address);
-        let mut body = json!({"model": self.model, "messages": messages, "max_tokens": 256});
+        let mut body = json!({"model": self.models.first(), "messages": messages, "max_tokens": 256});
         if let Some(t) = temperature {
             body["temperature"] = t.into();
         }
@@ -195,26 +256,38 @@ impl Server {
         Ok(self.task.await??)
     }
 
-    /// Serves until Ctrl-C or a termination signal.
-    pub(crate) async fn until_interrupted(self) -> Result<()> {
+    /// Serves until Ctrl-C or a termination signal, or until serving fails.
+    pub(crate) async fn until_interrupted(mut self) -> Result<()> {
         let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
         tokio::select! {
             r = tokio::signal::ctrl_c() => r?,
             _ = term.recv() => {}
+            ended = &mut self.task => return Ok(ended??),
         }
         out::note("\nstopping: answers in flight may finish");
         self.stop().await
     }
 }
 
-/// `ashlar serve`.
-pub(crate) async fn run(home: &Path, model: &str, listen: &str, engine: &EngineArgs, as_json: bool) -> Result<()> {
+/// `ashlar serve`: `model`, by default the channel `prod` when no file is given,
+/// and what the file `config` lists.
+pub(crate) async fn run(
+    home: &Path,
+    model: Option<&str>,
+    config: Option<&Path>,
+    listen: &str,
+    engine: &EngineArgs,
+    as_json: bool,
+) -> Result<()> {
     let store = Store::open(home).await?;
-    let server = start(&store, model, bind(listen).await?, engine).await?;
+    let model = model.or(config.is_none().then_some("prod"));
+    let server = start_all(&store, model, config, bind(listen).await?, engine).await?;
     if as_json {
-        out::json(&json!({"address": server.address().to_string(), "model": server.model, "memory": server.plan}))?;
+        let (address, plan) = (server.address().to_string(), server.plans.first());
+        out::json(&json!({"address": address, "model": server.models.first(), "models": server.models, "memory": plan}))?;
     }
-    out::note(server.plan.to_string());
-    out::note(format!("serving {} on http://{}  (console at /, API at /v1; Ctrl-C stops)", server.model, server.address()));
+    server.plans.iter().for_each(|plan| out::note(plan.to_string()));
+    let names = server.models.join(", ");
+    out::note(format!("serving {names} on http://{}  (console at /, API at /v1; Ctrl-C stops)", server.address()));
     server.until_interrupted().await
 }

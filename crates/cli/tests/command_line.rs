@@ -6,8 +6,8 @@ mod common;
 use common::{ashlar, json, said};
 use std::path::Path;
 
-const VERBS: [&str; 12] = [
-    "", "up", "trace", "takedown", "serve", "chat", "bench", "bench engine", "bench serve", "sign", "verify", "doctor",
+const VERBS: [&str; 13] = [
+    "", "up", "trace", "takedown", "serve", "gateway check", "chat", "bench", "bench engine", "bench serve", "sign", "verify", "doctor",
 ];
 
 #[test]
@@ -52,6 +52,35 @@ fn wrong_input_is_told_what_is_wrong_and_what_to_do() {
         let text = String::from_utf8_lossy(&out.stderr);
         assert!(text.contains(wanted) && !text.contains("panicked"), "{args:?}: {text}");
         assert!(out.stdout.is_empty(), "{args:?} wrote to stdout: {}", said(&out));
+    }
+}
+
+#[test]
+fn a_gateway_file_is_checked_and_shown_with_its_defaults() {
+    let home = tempfile::tempdir().expect("temp dir");
+    let file = home.path().join("gateway.toml");
+    let path = file.to_str().expect("UTF-8");
+    let good = "[backends.a]\nkind = \"llama-server\"\nurl = \"http://127.0.0.1:9/v1\"\n\
+                [models.m]\npolicy = \"latency\"\ntargets = [{ backend = \"a\" }]\n";
+    std::fs::write(&file, good).expect("write");
+    let shown = json(&mut ashlar(home.path(), &["gateway", "check", path, "--json"]));
+    assert_eq!(shown["backends"]["a"]["breaker_failures"], 5, "{shown}");
+    assert_eq!(shown["models"]["m"]["retries"], 2, "{shown}");
+    // What is printed without --json can be used as a file.
+    let out = ashlar(home.path(), &["gateway", "check", path]).output().expect("runs");
+    assert!(out.status.success(), "{}", said(&out));
+    std::fs::write(&file, &out.stdout).expect("write");
+    assert_eq!(json(&mut ashlar(home.path(), &["gateway", "check", path, "--json"])), shown);
+    for (wrong, wanted) in [
+        (good.replace("polcy", "x").replace("policy", "polcy"), "line 5: unknown key \"polcy\", did you mean \"policy\"?"),
+        (good.replace("kind =", "api_key_env = \"NO_SUCH_VARIABLE\"\nkind ="), "NO_SUCH_VARIABLE is not set"),
+        (good.replace("http:", "gopher:"), "not an http or https address"),
+    ] {
+        std::fs::write(&file, wrong).expect("write");
+        for args in [&["gateway", "check", path][..], &["serve", "--config", path, "--listen", "127.0.0.1:0"]] {
+            let out = ashlar(home.path(), args).output().expect("runs");
+            assert!(!out.status.success() && said(&out).contains(wanted), "{args:?}: {}", said(&out));
+        }
     }
 }
 

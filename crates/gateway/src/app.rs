@@ -1,12 +1,20 @@
 //! What the server is given, and what all its requests share.
 
 use crate::{
-    metrics::{Gauges, Metrics},
+    config::Config,
+    metrics::{BackendGauges, Gauges, Metrics},
     recorder::{Ledger, LiveTable},
+    route::{Decisions, Route},
+    table::{Table, Tables},
 };
 use ashlar_api::{ApiError, Backend, BackendStats, ModelInfo, Usage};
 use ashlar_store::{ResponseRow, Store};
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use tokio::sync::watch;
 
 /// Documents that share text with an answer, best first: id and shared span.
@@ -106,10 +114,16 @@ pub struct GatewayState {
     pub rank: Option<Rank>,
     /// Limits and manners.
     pub config: GatewayConfig,
+    /// Servers, models and rules, as read from a file.
+    pub routing: Config,
+    /// Names of the file's engines: each with its place in `backends`.
+    pub engines: BTreeMap<String, usize>,
+    /// The file, read again when it changes or on SIGHUP.
+    pub routing_file: Option<PathBuf>,
 }
 
 impl GatewayState {
-    /// A state with default limits, no release and no alias.
+    /// A state with default limits, no release, no alias and no other servers.
     pub fn new(backends: Vec<Arc<dyn Backend>>, store: Store) -> Self {
         Self {
             backends,
@@ -118,23 +132,21 @@ impl GatewayState {
             aliases: BTreeMap::new(),
             rank: None,
             config: GatewayConfig::default(),
+            routing: Config::default(),
+            engines: BTreeMap::new(),
+            routing_file: None,
         }
     }
-}
-
-/// Who answers for a model name.
-pub(crate) struct Target {
-    pub(crate) backend: Arc<dyn Backend>,
-    pub(crate) model: ModelInfo,
-    pub(crate) release: Option<String>,
 }
 
 /// What the requests of one server share.
 pub(crate) struct App {
     pub(crate) state: GatewayState,
+    pub(crate) tables: Tables,
     pub(crate) ledger: Ledger,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) live: LiveTable,
+    pub(crate) decisions: Decisions,
     /// True once answers in flight must end.
     pub(crate) stop: watch::Receiver<bool>,
 }
@@ -142,19 +154,13 @@ pub(crate) struct App {
 impl App {
     /// All served models, each once.
     pub(crate) fn models(&self) -> Vec<ModelInfo> {
-        let mut models: Vec<ModelInfo> = Vec::new();
-        for model in self.state.backends.iter().flat_map(|b| b.models()) {
-            if !models.iter().any(|m| m.id == model.id) {
-                models.push(model);
-            }
-        }
-        models
+        self.tables.now().models()
     }
 
     /// Names a request may use: model ids, then aliases and channels.
-    pub(crate) fn names(&self) -> Vec<String> {
-        let mut names: Vec<String> = self.models().into_iter().map(|m| m.id).collect();
-        let others = self.state.aliases.keys();
+    pub(crate) fn names(&self, table: &Table) -> Vec<String> {
+        let mut names: Vec<String> = table.models().into_iter().map(|m| m.id).collect();
+        let others = table.aliases().chain(self.state.aliases.keys());
         for name in others.chain(self.state.releases.iter().map(|r| &r.channel)) {
             if !names.contains(name) {
                 names.push(name.clone());
@@ -165,28 +171,42 @@ impl App {
 
     /// Who serves `name`: a model id goes before an alias, an alias before a
     /// release channel.
-    pub(crate) fn target(&self, name: &str) -> Result<Target, ApiError> {
-        let by_id = |id: &str| {
-            self.state.backends.iter().find_map(|backend| {
-                let model = backend.models().into_iter().find(|m| m.id == id)?;
-                let release = self.state.releases.iter().find(|r| r.model == id);
-                Some(Target {
-                    backend: backend.clone(),
-                    model,
-                    release: release.map(|r| r.id.clone()),
-                })
-            })
-        };
-        by_id(name)
-            .or_else(|| by_id(self.state.aliases.get(name)?))
-            .or_else(|| by_id(&self.state.releases.iter().find(|r| r.channel == name)?.model))
-            .ok_or_else(|| ApiError::unknown_model(name, &self.names()))
+    pub(crate) fn route(&self, table: &Table, name: &str) -> Result<Arc<Route>, ApiError> {
+        table
+            .route(name)
+            .or_else(|| table.route(self.state.aliases.get(name)?))
+            .or_else(|| table.route(self.state.releases.iter().find(|r| r.channel == name).map(|r| &r.model)?))
+            .ok_or_else(|| ApiError::unknown_model(name, &self.names(table)))
     }
 
-    /// The backends' figures, added up.
+    /// The release served as `model` by an engine.
+    pub(crate) fn release(&self, model: &str) -> Option<String> {
+        self.state.releases.iter().find(|r| r.model == model).map(|r| r.id.clone())
+    }
+
+    /// The engines' figures, added up, and each backend's health.
     pub(crate) fn gauges(&self) -> Gauges {
-        let mut engine = BackendStats::default();
+        let (mut engine, now) = (BackendStats::default(), Instant::now());
         self.state.backends.iter().for_each(|b| engine.add(b.stats()));
-        Gauges { in_flight: self.live.len() as u64, engine }
+        let table = self.tables.now();
+        let backends = table.nodes.iter().map(|n| {
+            let (requests, errors, opened) = n.health.counts();
+            BackendGauges {
+                name: n.name.clone(),
+                available: n.check(now).is_ok(),
+                circuit: n.health.circuit(now).0,
+                requests,
+                errors,
+                opened,
+            }
+        });
+        let canaries = table.canaries().map(|(model, c)| (model.to_owned(), c.rolled_back().is_some()));
+        Gauges {
+            in_flight: self.live.len() as u64,
+            engine,
+            backends: backends.collect(),
+            canaries: canaries.collect(),
+            file: self.tables.file(),
+        }
     }
 }

@@ -62,6 +62,8 @@ pub(crate) fn routes() -> Router<Arc<App>> {
         .route("/ashlar/releases", get(releases))
         .route("/ashlar/responses", get(responses))
         .route("/ashlar/live", get(live))
+        .route("/ashlar/backends", get(backends))
+        .route("/ashlar/requests/{id}", get(request))
         .route("/ashlar/trace/{id}", get(trace))
         .route("/ashlar/graph/{file}", get(picture))
 }
@@ -140,9 +142,52 @@ async fn live(State(app): Shared) -> Json<Value> {
     Json(body)
 }
 
+/// `{backends, targets, canaries, config}`: each backend's health, each target's load.
+async fn backends(State(app): Shared) -> Json<Value> {
+    let (table, now) = (app.tables.now(), std::time::Instant::now());
+    let nodes = table.nodes.iter().map(|n| {
+        let mut health = n.health.to_json(now);
+        health["name"] = json!(n.name);
+        health["kind"] = json!(n.dialect);
+        health
+    });
+    let targets = table.targets().map(|(route, t)| {
+        let (ttft, itl) = t.load.times(now);
+        let ms = |s: Option<f64>| s.map(|s| s * 1e3);
+        json!({
+            "model": route.name, "policy": route.policy, "backend": t.node.name, "upstream_model": t.model,
+            "weight": t.weight, "in_flight": t.load.in_flight(), "ttft_ms": ms(ttft), "itl_ms": ms(itl),
+            "usual_answer_tokens": t.load.usual_answer(),
+        })
+    });
+    let canaries = table.canaries().map(|(model, canary)| {
+        let mut shown = canary.to_json();
+        shown["model"] = json!(model);
+        shown
+    });
+    let file = app.tables.file();
+    Json(json!({
+        "canaries": canaries.collect::<Vec<_>>(),
+        "backends": nodes.collect::<Vec<_>>(), "targets": targets.collect::<Vec<_>>(),
+        "config": {"reloads": file.reloads, "failures": file.failures, "error": file.error},
+    }))
+}
+
+/// `{response, route}`: the ledger's row, and why the request went where it went
+/// while that is remembered.
+async fn request(State(app): Shared, Path(id): Path<String>) -> Result<Json<Value>, Failure> {
+    let response = app.state.store.response(&id).await.map_err(failure)?;
+    let route = app.decisions.get(&id);
+    if response.is_none() && route.is_none() {
+        return Err(failure(StoreError::NotFound(id)));
+    }
+    Ok(Json(json!({"response": response, "route": route.as_deref()})))
+}
+
 async fn trace(State(app): Shared, Path(id): Path<String>) -> Result<Json<Value>, Failure> {
     let (trace, response) = ranked(&app, &id).await?;
-    Ok(Json(json!({"trace": trace, "response": response})))
+    let route = response.as_ref().and_then(|r| app.decisions.get(&r.admission.id));
+    Ok(Json(json!({"trace": trace, "response": response, "route": route.as_deref()})))
 }
 
 /// `{id}.svg`, with `?layout=tall` for narrow screens.

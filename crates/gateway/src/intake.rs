@@ -15,6 +15,7 @@ use axum::{
     body::Body,
     http::{HeaderMap, Uri, header},
 };
+use bytes::Bytes;
 use futures::StreamExt as _;
 use std::net::{IpAddr, SocketAddr};
 
@@ -61,7 +62,7 @@ pub(crate) async fn read_body(
     config: &GatewayConfig,
     headers: &HeaderMap,
     body: Body,
-) -> Result<Vec<u8>, ApiError> {
+) -> Result<Bytes, ApiError> {
     let sent = headers.get(header::CONTENT_TYPE);
     let kind = sent.and_then(|v| v.to_str().ok()).unwrap_or("");
     let essence = kind.split(';').next().unwrap_or("").trim();
@@ -75,7 +76,8 @@ pub(crate) async fn read_body(
         .get(header::CONTENT_LENGTH)
         .and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
     let read = async {
-        let (mut bytes, mut total) = (Vec::new(), 0usize);
+        let room = declared.map_or(0, |n| usize::try_from(n).unwrap_or(limit).min(limit).min(1 << 20));
+        let (mut bytes, mut total) = (Vec::with_capacity(room), 0usize);
         let mut chunks = body.into_data_stream();
         while let Some(chunk) = chunks.next().await {
             let chunk = chunk.map_err(|e| {
@@ -98,7 +100,7 @@ pub(crate) async fn read_body(
             let message = format!("the body has {size} bytes, the limit is {limit}");
             return Err(refuse(413, "body_too_large", message));
         }
-        Ok(bytes)
+        Ok(Bytes::from(bytes))
     };
     tokio::time::timeout(config.body_timeout, read)
         .await

@@ -2,34 +2,56 @@
 //! and a console.
 //!
 //! [`serve`] answers OpenAI's `/v1/chat/completions`, `/v1/completions` and
-//! `/v1/models` from any [`ashlar_api::Backend`], records each response in the
-//! ledger, and shows at `/` what is served, what runs, and where an answer
-//! comes from. Routes below `/ashlar/` are the console's own.
+//! `/v1/models` from the engine in this process ([`ashlar_api::Backend`]) and
+//! from servers over HTTP ([`Config`]), records each response in the ledger, and
+//! shows at `/` what is served, what runs, and where an answer comes from.
+//! Routes below `/ashlar/` are the console's own.
+//!
+//! A request's way, one function a step, in `server::run` and `session`:
+//! read (`intake`, `ask`) → route (`table`, `route`: a decision, nothing is
+//! sent) → admit (`recorder`) → ask (`attempt`, `upstream`) → pieces
+//! (`session`) → reply (`reply`) → settle (`recorder`). Keys and limits belong
+//! between reading and routing, reserving into the admission, a guard of the
+//! request before asking, a guard of the answer into `Session::read`, through
+//! which every piece of every answer passes.
 //!
 //! What may not happen here:
 //! - an answer that the ledger has not admitted, or a response settled twice
 //!   (`recorder`);
-//! - a request field that is ignored (`ashlar_api` refuses it by name);
+//! - a request field that is ignored (`ashlar_api` and `upstream::dialect`
+//!   refuse it by name);
 //! - text of a client or a document reaching a page unescaped (`graph` escapes,
 //!   the console sets text only, and its policy forbids inline scripts);
 //! - a page of another origin reading answers (`intake`).
 //!
-//! Tokenizing and inference are the backend's; keys, budgets and routing over
-//! replicas are not here yet, so a server on an open address has no console
-//! unless it is asked for.
+//! Tokenizing and inference are the backend's; keys and budgets are not here
+//! yet, so a server on an open address has no console unless it is asked for.
 #![forbid(unsafe_code)]
 
 mod app;
+mod ask;
+mod attempt;
+mod config;
 mod console;
 mod error;
 mod graph;
+mod health;
 mod intake;
 mod metrics;
+mod node;
 mod recorder;
 pub mod refusal;
 mod reply;
+mod route;
 mod server;
 mod session;
+mod table;
+mod upstream;
 
 pub use app::{GatewayConfig, GatewayState, Prices, Rank, Served};
-pub use server::serve;
+pub use config::{
+    BackendSettings, CanarySettings, Config, ConfigError, ModelSettings, Policy, RetrySettings, RuleSettings,
+    ServerSettings, TargetSettings,
+};
+pub use server::{check, serve};
+pub use upstream::{Dialect, Tokens};

@@ -76,6 +76,9 @@ struct Series {
     refusals: u64,
     cost: f64,
     ledger_errors: u64,
+    estimated: u64,
+    retries: BTreeMap<&'static str, u64>,
+    upstream_errors: BTreeMap<(String, &'static str), u64>,
 }
 
 /// What one settled response adds.
@@ -92,14 +95,32 @@ pub(crate) struct Sample<'a> {
     pub(crate) total_s: f64,
     pub(crate) refusal: bool,
     pub(crate) cost: f64,
+    pub(crate) estimated: bool,
+}
+
+/// One backend at the moment of a scrape.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct BackendGauges {
+    pub(crate) name: String,
+    pub(crate) available: bool,
+    /// 0 closed, 1 half open, 2 open.
+    pub(crate) circuit: u8,
+    pub(crate) requests: u64,
+    pub(crate) errors: u64,
+    pub(crate) opened: u64,
 }
 
 /// Figures read at the moment of a scrape.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Gauges {
     pub(crate) in_flight: u64,
-    /// Summed over the backends.
+    /// Summed over the engines.
     pub(crate) engine: BackendStats,
+    pub(crate) backends: Vec<BackendGauges>,
+    /// Models with a canary, and whether it was taken back.
+    pub(crate) canaries: Vec<(String, bool)>,
+    /// What came of the configuration file.
+    pub(crate) file: crate::table::File,
 }
 
 /// All series of one server.
@@ -121,6 +142,9 @@ impl Metrics {
             refusals: 0,
             cost: 0.0,
             ledger_errors: 0,
+            estimated: 0,
+            retries: BTreeMap::new(),
+            upstream_errors: BTreeMap::new(),
         }))
     }
 
@@ -144,6 +168,16 @@ impl Metrics {
         self.with(|s| s.ledger_errors += 1);
     }
 
+    /// A `retry` or `hedge` was sent, or the `budget` forbade one.
+    pub(crate) fn retry(&self, kind: &'static str) {
+        self.with(|s| *s.retries.entry(kind).or_default() += 1);
+    }
+
+    /// An attempt at `backend` failed.
+    pub(crate) fn upstream_error(&self, backend: &str, class: &'static str) {
+        self.with(|s| *s.upstream_errors.entry((backend.to_owned(), class)).or_default() += 1);
+    }
+
     /// A response was settled.
     pub(crate) fn settled(&self, sample: &Sample<'_>) {
         self.with(|s| {
@@ -158,6 +192,7 @@ impl Metrics {
             s.completion += u64::from(sample.completion_tokens);
             s.refusals += u64::from(sample.refusal);
             s.cost += sample.cost;
+            s.estimated += u64::from(sample.estimated);
             s.e2e.observe(sample.total_s);
             if let Some(t) = sample.ttft_s {
                 s.ttft.observe(t);
@@ -232,6 +267,16 @@ impl Metrics {
                 p.head(name, "counter", help);
                 p.line(name, &[], v);
             }
+            p.head("usage_estimated_total", "counter", "Responses whose tokens no one counted: they are guesses.");
+            p.line("usage_estimated_total", &[], s.estimated as f64);
+            p.head("retries_total", "counter", "Attempts after the first, by kind; those the budget forbade.");
+            for (kind, n) in &s.retries {
+                p.line("retries_total", &[("kind", kind)], *n as f64);
+            }
+            p.head("backend_attempt_errors_total", "counter", "Attempts at a backend that failed, by kind.");
+            for ((backend, class), n) in &s.upstream_errors {
+                p.line("backend_attempt_errors_total", &[("backend", backend), ("error", class)], *n as f64);
+            }
             gauges.write(&mut p);
             p.seconds(
                 "time_to_first_token_seconds",
@@ -260,6 +305,32 @@ impl Metrics {
 
 impl Gauges {
     fn write(&self, p: &mut Page) {
+        type Read = fn(&BackendGauges) -> f64;
+        let series: [(&str, &str, &str, Read); 5] = [
+            ("backend_available", "gauge", "1 while the backend may be asked.", |b| f64::from(u8::from(b.available))),
+            ("backend_circuit", "gauge", "0 closed, 1 half open, 2 open.", |b| f64::from(b.circuit)),
+            ("backend_requests_total", "counter", "Requests sent to the backend.", |b| b.requests as f64),
+            ("backend_errors_total", "counter", "Requests the backend failed or refused.", |b| b.errors as f64),
+            ("backend_circuit_opened_total", "counter", "Times the circuit opened.", |b| b.opened as f64),
+        ];
+        for (name, kind, help, read) in series {
+            p.head(name, kind, help);
+            for b in &self.backends {
+                p.line(name, &[("backend", &b.name)], read(b));
+            }
+        }
+        p.head("canary_rolled_back", "gauge", "1 once the model's canary was taken back.");
+        for (model, back) in &self.canaries {
+            p.line("canary_rolled_back", &[("model_name", model)], f64::from(u8::from(*back)));
+        }
+        for (name, kind, help, v) in [
+            ("config_reloads_total", "counter", "New configurations put to work.", self.file.reloads as f64),
+            ("config_failures_total", "counter", "New configurations refused.", self.file.failures as f64),
+            ("config_valid", "gauge", "1 while the file as it is now is in force.", f64::from(u8::from(self.file.error.is_none()))),
+        ] {
+            p.head(name, kind, help);
+            p.line(name, &[], v);
+        }
         let e = &self.engine;
         let used = f64::from(e.blocks_used) / f64::from(e.blocks_total.max(1));
         for (name, help, v) in [
@@ -365,7 +436,7 @@ mod tests {
         engine.iteration_tokens.observe(9);
         let mut sum = engine.clone();
         sum.add(BackendStats { blocks_used: 4, ..engine });
-        let page = Metrics::new().render(Gauges { in_flight: 3, engine: sum });
+        let page = Metrics::new().render(Gauges { in_flight: 3, engine: sum, ..Gauges::default() });
         for line in [
             "ashlar_num_responses_in_flight 3",
             "ashlar_kv_cache_usage_perc 0.25",

@@ -7,20 +7,24 @@
 //! never overtakes its admission and dropping needs no runtime.
 //!
 //! What may not happen here: a second settlement (`open` is cleared by the
-//! first, the store checks it again), or an answer without an admission (the
-//! backend is asked only after the store has acknowledged it). A killed
-//! process leaves admissions open; `Store::settle_orphans` closes those at the
-//! next start.
+//! first, the store checks it again), or an answer without an admission: nothing
+//! of it leaves before the store has acknowledged that ([`Recorder::admitted`]).
+//! The backend is asked meanwhile, so that its time and the disk's are not added
+//! up. A killed process leaves admissions open; `Store::settle_orphans` closes
+//! those at the next start.
 //!
 //! Rejected: a task spawned by each drop, which races with its own admission
 //! and with the end of the process.
 
 use crate::{
-    app::App,
+    app::{App, Prices},
+    ask::Ask,
     metrics::{Metrics, Sample},
     refusal,
+    route::{Decision, Target},
+    upstream::{End as Ending, Piece, Tokens},
 };
-use ashlar_api::{Event, Timings, Usage};
+use ashlar_api::Timings;
 use ashlar_core::clock;
 use ashlar_store::{Admission, Settlement, Store, StoreError};
 use std::{
@@ -32,6 +36,9 @@ use std::{
     time::Instant,
 };
 use tokio::sync::{mpsc, oneshot};
+
+/// Most entries taken at once.
+const BATCH: usize = 256;
 
 enum Entry {
     Admit(Admission, oneshot::Sender<Result<(), StoreError>>),
@@ -48,28 +55,9 @@ impl Ledger {
     pub(crate) fn new(store: Store, metrics: Arc<Metrics>) -> (Self, impl Future<Output = ()>) {
         let (tx, mut rx) = mpsc::unbounded_channel();
         let writer = async move {
-            while let Some(entry) = rx.recv().await {
-                // A receiver that is gone does not wait for the answer.
-                match entry {
-                    Entry::Admit(admission, ack) => {
-                        let result = store.admit(&admission).await;
-                        if result.is_err() {
-                            metrics.ledger_error();
-                        }
-                        let _ = ack.send(result);
-                    }
-                    Entry::Settle(id, settlement, ack) => {
-                        if store.settle(&id, &settlement).await.is_err() {
-                            metrics.ledger_error();
-                        }
-                        if let Some(ack) = ack {
-                            let _ = ack.send(());
-                        }
-                    }
-                    Entry::Flush(ack) => {
-                        let _ = ack.send(());
-                    }
-                }
+            let mut batch = Vec::with_capacity(BATCH);
+            while rx.recv_many(&mut batch, BATCH).await > 0 {
+                write(&store, &metrics, batch.drain(..)).await;
             }
         };
         (Self(tx), writer)
@@ -80,6 +68,33 @@ impl Ledger {
         let (ack, done) = oneshot::channel();
         if self.0.send(Entry::Flush(ack)).is_ok() {
             let _ = done.await;
+        }
+    }
+}
+
+/// Writes entries in their order. A receiver that is gone does not wait for the
+/// answer.
+async fn write(store: &Store, metrics: &Metrics, batch: impl Iterator<Item = Entry>) {
+    for entry in batch {
+        match entry {
+            Entry::Admit(admission, ack) => {
+                let result = store.admit(&admission).await;
+                if result.is_err() {
+                    metrics.ledger_error();
+                }
+                let _ = ack.send(result);
+            }
+            Entry::Settle(id, settlement, ack) => {
+                if store.settle(&id, &settlement).await.is_err() {
+                    metrics.ledger_error();
+                }
+                if let Some(ack) = ack {
+                    let _ = ack.send(());
+                }
+            }
+            Entry::Flush(ack) => {
+                let _ = ack.send(());
+            }
         }
     }
 }
@@ -137,11 +152,14 @@ pub(crate) struct Intake {
     pub(crate) seed: Option<u64>,
     pub(crate) stream: bool,
     pub(crate) arrived: Instant,
+    /// Tokens of the prompt, guessed: what is booked when no one counts.
+    pub(crate) prompt_estimate: u32,
+    pub(crate) decision: Arc<Decision>,
 }
 
 /// How a response ended.
 enum End<'a> {
-    Done(&'a str, Usage, Timings),
+    Done(&'a Ending),
     Failed(&'a str),
     Cancelled,
 }
@@ -150,20 +168,26 @@ enum End<'a> {
 pub(crate) struct Recorder {
     app: Arc<App>,
     live: Arc<Live>,
+    decision: Arc<Decision>,
+    price: Option<Prices>,
+    prompt_estimate: u32,
+    /// Something was sent to a backend that bills by what it reads.
+    remote: bool,
     answer: String,
+    /// The answer, once settled, was a refusal.
+    refused: bool,
     cached: u32,
     started: Option<Instant>,
     first: Option<Instant>,
     last: Option<Instant>,
+    /// The store's word on the admission, until it is heard.
+    admitted: Option<oneshot::Receiver<Result<(), StoreError>>>,
     open: bool,
 }
 
 impl Recorder {
-    /// Admits the response.
-    ///
-    /// # Errors
-    /// When the store does not take it; there is nothing to settle then.
-    pub(crate) async fn admit(app: Arc<App>, intake: Intake) -> Result<Self, StoreError> {
+    /// Hands the admission to the ledger's writer.
+    pub(crate) fn admit(app: Arc<App>, intake: Intake) -> Self {
         let live = Arc::new(Live {
             id: intake.id.clone(),
             model: intake.model.clone(),
@@ -189,70 +213,89 @@ impl Recorder {
         };
         let sent = app.ledger.0.send(Entry::Admit(admission, ack)).is_ok();
         // From here on the drop settles, also when the client leaves while the
-        // store is still writing.
-        let mut recorder = Self {
+        // store is still writing: the settlement is behind the admission.
+        Self {
             app,
             live,
+            decision: intake.decision,
+            price: None,
+            prompt_estimate: intake.prompt_estimate,
+            remote: false,
             answer: String::new(),
+            refused: false,
             cached: 0,
             started: None,
             first: None,
             last: None,
+            admitted: Some(admitted),
             open: sent,
-        };
-        let gone = || StoreError::Task("the ledger's writer has ended".into());
-        let result = if sent {
-            admitted.await.unwrap_or_else(|_| Err(gone()))
-        } else {
-            Err(gone())
-        };
-        if let Err(e) = result {
-            recorder.open = false;
-            return Err(e);
         }
-        Ok(recorder)
+    }
+
+    /// Waits until the admission is written.
+    ///
+    /// # Errors
+    /// When the store does not take it; there is nothing to settle then.
+    pub(crate) async fn admitted(&mut self) -> Result<(), StoreError> {
+        let Some(word) = self.admitted.take() else { return Ok(()) };
+        let gone = || StoreError::Task("the ledger's writer has ended".into());
+        let result = word.await.unwrap_or_else(|_| Err(gone()));
+        if result.is_err() {
+            self.open = false;
+        }
+        result
     }
 
     pub(crate) fn id(&self) -> &str {
         &self.live.id
     }
 
-    /// Takes note of an event; one that ends the answer is settled before this
-    /// returns, so that whoever sees the end also finds the record.
-    pub(crate) async fn note(&mut self, event: &Event) {
-        let now = Instant::now();
-        match event {
-            Event::Started {
-                prompt_tokens,
-                cached_tokens,
-            } => {
+    /// Whether the settled answer was a refusal.
+    pub(crate) fn refused(&self) -> bool {
+        self.refused
+    }
+
+    /// The backend failed in the middle of its answer.
+    pub(crate) fn upstream_error(&self, backend: &str, class: &'static str) {
+        self.app.metrics.upstream_error(backend, class);
+    }
+
+    /// The request is with `target` from now on.
+    pub(crate) fn sent_to(&mut self, target: &Target, remote: bool) {
+        self.price = target.price;
+        self.remote = remote;
+    }
+
+    /// Takes note of a piece that came at `now`; one that ends the answer is
+    /// settled before this returns, so that whoever sees the end also finds the
+    /// record.
+    pub(crate) async fn note(&mut self, piece: &Piece, now: Instant) {
+        match piece {
+            Piece::Started { prompt_tokens, cached_tokens } => {
                 self.started = Some(now);
                 self.cached = *cached_tokens;
                 self.live.prompt.store(*prompt_tokens, Relaxed);
             }
-            Event::Token { text, .. } => {
-                self.answer.push_str(text);
-                self.live.tokens.fetch_add(1, Relaxed);
-                match self.last {
-                    Some(last) => self.app.metrics.token_gap((now - last).as_secs_f64()),
-                    None => {
-                        self.first = Some(now);
-                        let us = (now - self.live.arrived).as_micros();
-                        let us = u64::try_from(us).unwrap_or(u64::MAX - 1);
-                        self.live.ttft_us.store(us + 1, Relaxed);
-                    }
-                }
-                self.last = Some(now);
-            }
-            Event::Done {
-                finish,
-                usage,
-                timings,
-            } => {
-                let end = End::Done(finish.as_str(), *usage, *timings);
-                self.settle_and_wait(end).await;
+            Piece::Text(text) => self.token(text, 1, now),
+            Piece::Chunk(chunk) if chunk.gains > 0 => self.token(&chunk.text, chunk.gains, now),
+            Piece::Chunk(_) => {}
+            Piece::Done(end) => self.settle_and_wait(End::Done(end)).await,
+        }
+    }
+
+    fn token(&mut self, text: &str, tokens: u32, now: Instant) {
+        self.answer.push_str(text);
+        self.live.tokens.fetch_add(tokens, Relaxed);
+        match self.last {
+            Some(last) => self.app.metrics.token_gap((now - last).as_secs_f64()),
+            None => {
+                self.first = Some(now);
+                let us = (now - self.live.arrived).as_micros();
+                let us = u64::try_from(us).unwrap_or(u64::MAX - 1);
+                self.live.ttft_us.store(us + 1, Relaxed);
             }
         }
+        self.last = Some(now);
     }
 
     /// Settles as an error, and waits for it to be written.
@@ -277,20 +320,33 @@ impl Recorder {
         if !std::mem::take(&mut self.open) {
             return false;
         }
-        let counted = Usage::new(
-            self.live.prompt.load(Relaxed),
-            self.cached,
-            self.live.tokens.load(Relaxed),
-        );
-        let since = |t: Option<Instant>| t.map(|t| (t - self.live.arrived).as_secs_f64());
-        let (finish, usage, queue_s, error) = match end {
-            End::Done(finish, usage, t) => (finish, usage, Some(t.queue_ms / 1e3), None),
-            End::Failed(e) => ("error", counted, since(self.started), Some(e.to_owned())),
-            End::Cancelled => ("cancelled", counted, since(self.started), None),
+        let tokens = self.live.tokens.load(Relaxed);
+        let counted = match self.live.prompt.load(Relaxed) {
+            // No one counted: what was read is a guess, what came is at least
+            // this.
+            0 if self.remote => Tokens::estimate(self.prompt_estimate, tokens),
+            prompt => Tokens {
+                input: prompt.saturating_sub(self.cached),
+                cache_read: self.cached.min(prompt),
+                output: tokens,
+                ..Tokens::default()
+            },
         };
+        let since = |t: Option<Instant>| t.map(|t| (t - self.live.arrived).as_secs_f64());
+        let (finish, tokens, queue_s, error, refused) = match end {
+            End::Done(end) => {
+                let queue_s = end.timings.map(|t: Timings| t.queue_ms / 1e3);
+                (end.finish.as_str(), end.tokens, queue_s, None, end.refused)
+            }
+            End::Failed(e) => ("error", counted, since(self.started), Some(e.to_owned()), false),
+            End::Cancelled => ("cancelled", counted, since(self.started), None, false),
+        };
+        self.decision.settled(tokens);
+        let usage = tokens.usage();
         let (ttft_s, total_s) = (since(self.first), self.live.arrived.elapsed().as_secs_f64());
-        let cost = self.app.state.config.prices.cost(&usage);
-        let refusal = refusal::opens_with_refusal(&self.answer);
+        let cost = self.price.unwrap_or(self.app.state.config.prices).cost(&usage);
+        let refusal = refused || refusal::opens_with_refusal(&self.answer);
+        self.refused = refusal;
         self.app.metrics.settled(&Sample {
             model: &self.live.model,
             endpoint: self.live.endpoint,
@@ -303,6 +359,7 @@ impl Recorder {
             total_s,
             refusal,
             cost,
+            estimated: tokens.estimated,
         });
         let answer = std::mem::take(&mut self.answer);
         let settlement = Settlement {
@@ -327,5 +384,37 @@ impl Drop for Recorder {
     fn drop(&mut self) {
         self.settle(End::Cancelled, None);
         self.app.live.with(|t| t.remove(&self.live.id));
+    }
+}
+
+/// Books a request that was sent to `target` and beaten by another: a row of its
+/// own, with the prompt guessed.
+pub(crate) fn book_lost(app: &Arc<App>, ask: &Ask, model: &str, target: &Target) {
+    let id = ashlar_core::id::new(ask.endpoint.id_prefix());
+    let tokens = Tokens::estimate(ask.prompt_estimate(), 0);
+    let cost = target.price.unwrap_or(app.state.config.prices).cost(&tokens.usage());
+    let admission = Admission {
+        id: id.clone(),
+        release: None,
+        model: model.to_owned(),
+        backend: target.node.name.clone(),
+        endpoint: ask.endpoint.path().to_owned(),
+        at_ms: clock::now_ms(),
+        seed: None,
+        stream: ask.stream,
+    };
+    let settlement = Settlement {
+        finish: "cancelled".into(),
+        prompt_tokens: tokens.prompt().into(),
+        total_ms: ask.arrived.elapsed().as_secs_f64() * 1e3,
+        cost,
+        error: Some("a hedge that lost; its tokens are estimated".into()),
+        ..Settlement::default()
+    };
+    let (ack, _) = oneshot::channel();
+    // The writer takes both in this order, and no one waits for them.
+    let sent = app.ledger.0.send(Entry::Admit(admission, ack));
+    if sent.is_ok() && app.ledger.0.send(Entry::Settle(id, settlement, None)).is_err() {
+        app.metrics.ledger_error();
     }
 }

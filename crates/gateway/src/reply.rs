@@ -1,20 +1,23 @@
-//! From events to HTTP bodies: a whole JSON answer or server-sent events.
+//! From pieces to HTTP bodies: a whole JSON answer or server-sent events.
 //!
-//! A failure before the first event is an HTTP error; one in the middle of a
+//! A failure before the first piece is an HTTP error; one in the middle of a
 //! stream is an `{"error": …}` event, after which the stream ends without
 //! `[DONE]`, as official clients expect.
 
 use crate::{
+    ask::{Ask, Endpoint},
     error::{self, Failure},
-    session::{Call, Session},
+    session::Session,
+    upstream::{Chunk, End, Piece, json_string},
 };
-use ashlar_api::{ApiError, ChatChunk, ChatCompletion, Event, Finish, TextCompletion, Usage};
+use ashlar_api::{ApiError, ChatChunk, ChatCompletion, TextCompletion};
 use axum::{
     body::Body,
     http::{HeaderName, HeaderValue, header},
     response::{IntoResponse as _, Response},
 };
 use bytes::Bytes;
+use futures::StreamExt as _;
 use std::convert::Infallible;
 
 /// The response id, on every answer that was admitted.
@@ -25,73 +28,116 @@ pub(crate) struct Form {
     chat: bool,
     stream: bool,
     include_usage: bool,
+    id: String,
     model: String,
+    /// `"id":…,"model":…`, which the gateway says of every object.
+    head: String,
     created: i64,
+    /// A server's own objects were passed on, so it has said how it ended.
+    theirs: bool,
+    usage_sent: bool,
 }
 
 impl Form {
-    pub(crate) fn of(call: &Call, model: &str) -> Self {
+    pub(crate) fn of(ask: &Ask, session: &Session) -> Self {
+        let (id, model) = (session.id(), session.model());
+        let mut head = String::from("\"id\":");
+        json_string(&mut head, id);
+        head.push_str(",\"model\":");
+        json_string(&mut head, model);
         Self {
-            chat: matches!(call, Call::Chat(_)),
-            stream: call.stream(),
-            include_usage: call.include_usage(),
+            chat: ask.endpoint == Endpoint::Chat,
+            stream: ask.stream,
+            include_usage: ask.include_usage,
+            id: id.to_owned(),
             model: model.to_owned(),
+            head,
             created: ashlar_core::clock::now_ms() / 1000,
+            theirs: false,
+            usage_sent: false,
         }
     }
 
-    fn text(&self, id: &str, text: String) -> Bytes {
-        let (at, model) = (self.created, &self.model);
-        if self.chat {
-            frame(&ChatChunk::text(id, at, model, text))
-        } else {
-            frame(&TextCompletion::new(id, at, model, text, None, None))
+    /// A server's object under our id and model name.
+    fn object(&self, out: &mut Vec<u8>, chunk: &Chunk, usage: bool) {
+        out.push(b'{');
+        out.extend_from_slice(self.head.as_bytes());
+        for part in [Some(chunk.fields.as_str()).filter(|f| !f.is_empty())].into_iter().flatten() {
+            out.push(b',');
+            out.extend_from_slice(part.as_bytes());
         }
+        if let Some(usage) = chunk.usage.as_deref().filter(|_| usage) {
+            out.extend_from_slice(b",\"usage\":");
+            out.extend_from_slice(usage.as_bytes());
+        }
+        out.push(b'}');
     }
 
-    /// The role chunk; completions have none.
-    fn opening(&self, id: &str) -> Bytes {
+    /// The role chunk of an engine's answer; completions have none.
+    fn opening(&self) -> Vec<u8> {
+        let mut out = Vec::new();
         if self.chat {
-            frame(&ChatChunk::role(id, self.created, &self.model))
-        } else {
-            Bytes::new()
+            frame(&mut out, &ChatChunk::role(&self.id, self.created, &self.model));
         }
+        out
     }
 
-    /// The finish chunk, the usage chunk when asked for, and `[DONE]`.
-    fn closing(&self, id: &str, finish: Finish, usage: Usage) -> Bytes {
-        let (at, model) = (self.created, &self.model);
-        let mut parts = Vec::new();
-        if self.chat {
-            parts.push(frame(&ChatChunk::finish(id, at, model, finish)));
-        } else {
-            let last = TextCompletion::new(id, at, model, String::new(), Some(finish), None);
-            parts.push(frame(&last));
+    /// What a piece puts on the wire, perhaps nothing.
+    fn frames(&mut self, piece: Piece) -> Vec<u8> {
+        let (id, at, model) = (&self.id, self.created, &self.model);
+        let mut out = Vec::new();
+        match piece {
+            Piece::Started { .. } => {}
+            // Tokens may carry no text yet; clients get only what has some.
+            Piece::Text(text) if text.is_empty() => {}
+            Piece::Text(text) if self.chat => frame(&mut out, &ChatChunk::text(id, at, model, text)),
+            Piece::Text(text) => frame(&mut out, &TextCompletion::new(id, at, model, text, None, None)),
+            Piece::Chunk(chunk) => {
+                self.theirs = true;
+                self.usage_sent |= chunk.usage.is_some();
+                if !chunk.bare || self.include_usage {
+                    out.reserve(self.head.len() + chunk.fields.len() + 32);
+                    out.extend_from_slice(b"data: ");
+                    self.object(&mut out, &chunk, self.include_usage);
+                    out.extend_from_slice(b"\n\n");
+                }
+            }
+            Piece::Done(end) => self.closing(&mut out, &end),
         }
-        if self.include_usage {
-            parts.push(if self.chat {
-                frame(&ChatChunk::usage(id, at, model, usage))
+        out
+    }
+
+    /// The finish chunk and the usage chunk, where a server did not send its
+    /// own, and `[DONE]`.
+    fn closing(&self, out: &mut Vec<u8>, end: &End) {
+        let (id, at, model) = (&self.id, self.created, &self.model);
+        if !self.theirs {
+            if self.chat {
+                frame(out, &ChatChunk::finish(id, at, model, end.finish));
             } else {
-                frame(&TextCompletion::usage(id, at, model, usage))
-            });
+                frame(out, &TextCompletion::new(id, at, model, String::new(), Some(end.finish), None));
+            }
         }
-        parts.push(Bytes::from_static(b"data: [DONE]\n\n"));
-        parts.concat().into()
-    }
-
-    fn whole(&self, id: &str, text: String, finish: Finish, usage: Usage) -> Response {
-        let (at, model) = (self.created, &self.model);
-        if self.chat {
-            axum::Json(ChatCompletion::new(id, at, model, text, finish, usage)).into_response()
-        } else {
-            let answer = TextCompletion::new(id, at, model, text, Some(finish), Some(usage));
-            axum::Json(answer).into_response()
+        if self.include_usage && !self.usage_sent {
+            let usage = end.tokens.usage();
+            let mut chunk = if self.chat {
+                serde_json::to_value(ChatChunk::usage(id, at, model, usage))
+            } else {
+                serde_json::to_value(TextCompletion::usage(id, at, model, usage))
+            };
+            if let Ok(chunk) = &mut chunk
+                && end.tokens.estimated
+            {
+                chunk["usage"]["estimated"] = true.into();
+            }
+            frame(out, &chunk.unwrap_or_default());
         }
+        out.extend_from_slice(b"data: [DONE]\n\n");
     }
 
     /// Answers from `session`, streamed or whole as the call asked.
     pub(crate) async fn answer(self, session: Session) -> Result<Response, Failure> {
-        let id = session.id().to_owned();
+        let id = self.id.clone();
         let mut response = if self.stream {
             self.streamed(session)
         } else {
@@ -107,44 +153,56 @@ impl Form {
     }
 
     async fn collected(self, mut session: Session) -> Result<Response, ApiError> {
-        let mut answer = String::new();
-        loop {
+        let (mut answer, mut whole) = (String::new(), None);
+        let end = loop {
             match session.next().await? {
-                Event::Started { .. } => {}
-                Event::Token { text, .. } => answer.push_str(&text),
-                Event::Done { finish, usage, .. } => {
-                    return Ok(self.whole(session.id(), answer, finish, usage));
-                }
+                Piece::Started { .. } => {}
+                Piece::Text(text) => answer.push_str(&text),
+                Piece::Chunk(chunk) => whole = Some(chunk),
+                Piece::Done(end) => break end,
             }
+        };
+        let kind = [(header::CONTENT_TYPE, "application/json")];
+        if let Some(chunk) = whole {
+            let mut body = Vec::with_capacity(self.head.len() + chunk.fields.len() + 256);
+            self.object(&mut body, &chunk, true);
+            return Ok((kind, body).into_response());
         }
+        let (id, at, model, usage) = (&self.id, self.created, &self.model, end.tokens.usage());
+        Ok(if self.chat {
+            axum::Json(ChatCompletion::new(id, at, model, answer, end.finish, usage)).into_response()
+        } else {
+            let answer = TextCompletion::new(id, at, model, answer, Some(end.finish), Some(usage));
+            axum::Json(answer).into_response()
+        })
     }
 
     fn streamed(self, session: Session) -> Response {
-        let id = session.id().to_owned();
-        let opening = self.opening(&id);
-        let rest = futures::stream::unfold(Some((self, session)), move |state| {
-            let id = id.clone();
-            async move {
-                let (form, mut session) = state?;
-                // Tokens may carry no text yet; clients get only what has some.
-                loop {
-                    return match session.next().await {
-                        Ok(Event::Started { .. }) => continue,
-                        Ok(Event::Token { text, .. }) if text.is_empty() => continue,
-                        Ok(Event::Token { text, .. }) => {
-                            Some((form.text(&id, text), Some((form, session))))
+        let opening = if session.is_engine() { self.opening() } else { Vec::new() };
+        let rest = futures::stream::unfold(Some((self, session)), |state| async move {
+            let (mut form, mut session) = state?;
+            loop {
+                match session.next().await {
+                    Ok(piece) => {
+                        let over = matches!(piece, Piece::Done(_));
+                        let frames = form.frames(piece);
+                        if over {
+                            return Some((frames, None));
                         }
-                        Ok(Event::Done { finish, usage, .. }) => {
-                            Some((form.closing(&id, finish, usage), None))
+                        if !frames.is_empty() {
+                            return Some((frames, Some((form, session))));
                         }
-                        Err(e) => Some((frame(&e.body()), None)),
-                    };
+                    }
+                    Err(e) => {
+                        let mut out = Vec::new();
+                        frame(&mut out, &e.body());
+                        return Some((out, None));
+                    }
                 }
             }
         });
         let opening = futures::stream::iter((!opening.is_empty()).then_some(opening));
-        let frames = futures::StreamExt::chain(opening, rest);
-        let frames = futures::StreamExt::map(frames, Ok::<_, Infallible>);
+        let frames = opening.chain(rest).map(|f| Ok::<_, Infallible>(Bytes::from(f)));
         let headers = [
             (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
             (header::CACHE_CONTROL, "no-cache"),
@@ -155,10 +213,13 @@ impl Form {
 }
 
 /// One server-sent event. JSON holds no raw line break, so one line suffices.
-fn frame(value: &impl serde::Serialize) -> Bytes {
-    let json = serde_json::to_string(value).unwrap_or_else(|e| {
+fn frame(out: &mut Vec<u8>, value: &impl serde::Serialize) {
+    out.extend_from_slice(b"data: ");
+    let start = out.len();
+    if let Err(e) = serde_json::to_writer(&mut *out, value) {
+        out.truncate(start);
         let fallback = error::body(&ApiError::internal(format!("chunk is not JSON: {e}")));
-        fallback.to_string()
-    });
-    format!("data: {json}\n\n").into()
+        out.extend_from_slice(fallback.to_string().as_bytes());
+    }
+    out.extend_from_slice(b"\n\n");
 }

@@ -6,15 +6,21 @@
 
 use crate::{
     app::{App, GatewayState},
+    ask::{Ask, Endpoint},
+    config::{Config, ConfigError},
     console,
     error::{Failure, refuse},
     intake,
     metrics::Metrics,
+    node::Node,
     recorder::{Ledger, LiveTable},
     reply::{Form, RESPONSE_ID},
-    session::{Call, Session},
+    route::Decisions,
+    session::Session,
+    table::{Table, Tables},
+    upstream::Dialect,
 };
-use ashlar_api::{ApiError, ChatRequest, CompletionRequest, ModelList, ModelObject};
+use ashlar_api::{ModelInfo, ModelList, ModelObject};
 use axum::{
     Json, Router,
     extract::{Path, Request, State},
@@ -22,6 +28,7 @@ use axum::{
     middleware::{self, Next},
     response::{IntoResponse as _, Response},
     routing::{get, post},
+    serve::ListenerExt as _,
 };
 use serde_json::json;
 use std::{
@@ -39,11 +46,24 @@ type Shared = State<Arc<App>>;
 
 /// How long connections may take to close once their answers are cut off.
 const CLOSING: Duration = Duration::from_secs(2);
+/// How often the configuration file is looked at.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Whether the servers of `config` can be set up: keys are there, certificates
+/// can be read, addresses are addresses. Nothing is sent.
+///
+/// # Errors
+/// What [`serve`] would refuse at its start.
+pub fn check(config: &Config) -> Result<(), ConfigError> {
+    let servers = config.backends.iter().filter(|(_, b)| b.kind != Some(Dialect::Engine));
+    servers.map(|(name, settings)| Node::server(name, settings)).try_for_each(|n| n.map(drop))
+}
 
 /// Serves `state` on `listener` until `shutdown` is ready, then stops in order.
 ///
 /// # Errors
-/// When the listener's address cannot be read or accepting fails.
+/// When the listener's address cannot be read, accepting fails, or the
+/// configuration cannot be put to work (see [`check`]).
 pub async fn serve(
     listener: TcpListener,
     state: GatewayState,
@@ -57,14 +77,25 @@ pub async fn serve(
     // later than our return only when a connection does not close in time.
     tokio::spawn(writer);
     let (cut_off, stop) = watch::channel(false);
+    let table = Table::build(&state, state.routing.clone(), None).map_err(std::io::Error::other)?;
+    table.watch(None);
     let app = Arc::new(App {
+        tables: Tables::new(table),
         state,
         ledger,
         metrics,
         live: LiveTable::default(),
+        decisions: Decisions::default(),
         stop,
     });
+    let watching = watch_file(app.clone());
     let (fired, told) = oneshot::channel();
+    // A stream's pieces are small: waiting for an acknowledgement before the next
+    // one costs 40 ms each.
+    let listener = listener.tap_io(|socket| {
+        // A socket that is gone already fails at its first use.
+        let _ = socket.set_nodelay(true);
+    });
     let server = axum::serve(listener, router(app.clone(), listen)).with_graceful_shutdown(async {
         shutdown.await;
         let _ = fired.send(());
@@ -83,9 +114,29 @@ pub async fn serve(
     let result = tokio::select! {
         result = &mut server => result,
         () = closing => Ok(()),
+        never = watching => match never {},
     };
     app.ledger.flush().await;
     result
+}
+
+/// Reads the configuration file again on SIGHUP, and when it is another than a
+/// second ago. Its bytes are compared, not its times: a mounted file that is a
+/// link to a folder that was exchanged has any time.
+async fn watch_file(app: Arc<App>) -> std::convert::Infallible {
+    let Some(path) = app.state.routing_file.clone() else { return std::future::pending().await };
+    let mut hangup = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()).ok();
+    loop {
+        let told = async {
+            match &mut hangup {
+                Some(signal) => signal.recv().await,
+                None => std::future::pending().await,
+            }
+        };
+        // Either way the file is read.
+        let _ = tokio::time::timeout(LOOK, told).await;
+        app.tables.read(&app.state, &path).await;
+    }
 }
 
 fn router(app: Arc<App>, listen: SocketAddr) -> Router {
@@ -145,28 +196,23 @@ async fn wrong_method(method: Method, uri: Uri) -> Failure {
 }
 
 async fn chat(State(app): Shared, request: Request) -> Result<Response, Failure> {
-    run(&app, request, |b| ChatRequest::parse(b).map(Call::Chat)).await
+    run(&app, Endpoint::Chat, request).await
 }
 
 async fn complete(State(app): Shared, request: Request) -> Result<Response, Failure> {
-    run(&app, request, |b| CompletionRequest::parse(b).map(Call::Completion)).await
+    run(&app, Endpoint::Completions, request).await
 }
 
 /// The one path of every completion endpoint.
-async fn run(
-    app: &Arc<App>,
-    request: Request,
-    parse: impl FnOnce(&[u8]) -> Result<Call, ApiError>,
-) -> Result<Response, Failure> {
+async fn run(app: &Arc<App>, endpoint: Endpoint, request: Request) -> Result<Response, Failure> {
     let arrived = Instant::now();
     let (parts, body) = request.into_parts();
-    let body = intake::read_body(&app.state.config, &parts.headers, body).await?;
-    let call = parse(&body)?;
-    drop(body);
-    let target = app.target(call.model())?;
-    let form = Form::of(&call, &target.model.id);
-    let session = Session::open(app, call, target, arrived).await?;
-    form.answer(session).await
+    let table = app.tables.now();
+    let body = intake::read_body(&table.limits, &parts.headers, body).await?;
+    let ask = Ask::read(endpoint, parts.headers, body, arrived)?;
+    let plan = table.plan(&ask, app.route(&table, &ask.model)?)?;
+    let session = Session::open(app, &table, &ask, plan).await?;
+    Form::of(&ask, &session).answer(session).await
 }
 
 async fn models(State(app): Shared) -> Json<ModelList> {
@@ -174,17 +220,27 @@ async fn models(State(app): Shared) -> Json<ModelList> {
 }
 
 async fn model(State(app): Shared, Path(id): Path<String>) -> Result<Json<ModelObject>, Failure> {
-    Ok(Json(app.target(&id)?.model.into()))
+    let table = app.tables.now();
+    let route = app.route(&table, &id)?;
+    let model = table.models().into_iter().find(|m| m.id == route.name);
+    let model = model.unwrap_or_else(|| ModelInfo {
+        id: route.name.clone(),
+        created: 0,
+        owned_by: "ashlar".into(),
+        context: route.context,
+    });
+    Ok(Json(model.into()))
 }
 
-/// 200 while at least one backend can serve and the ledger takes entries.
+/// 200 while at least one backend can serve and the ledger takes entries; a
+/// configuration file that was refused is told of, and is no reason to be
+/// replaced.
 async fn health(State(app): Shared) -> Response {
-    let backends: Vec<_> = app
-        .state
-        .backends
-        .iter()
-        .map(|b| json!({"name": b.name(), "unhealthy": b.stats().unhealthy}))
-        .collect();
+    let now = Instant::now();
+    let table = app.tables.now();
+    let unhealthy = |n: &Node| n.check(now).err().map(|u| u.why);
+    let backends: Vec<_> =
+        table.nodes.iter().map(|n| json!({"name": n.name, "kind": n.dialect, "unhealthy": unhealthy(n)})).collect();
     let serving = backends.iter().any(|b| b["unhealthy"].is_null());
     let ledger = app.state.store.responses(1).await;
     let ok = serving && ledger.is_ok();
@@ -196,6 +252,7 @@ async fn health(State(app): Shared) -> Response {
     let body = json!({
         "status": if ok { "ok" } else { "unavailable" },
         "backends": backends,
+        "config_error": app.tables.file().error,
         "ledger": ledger.err().map(|e| e.to_string()),
     });
     (status, Json(body)).into_response()

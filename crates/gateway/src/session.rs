@@ -1,224 +1,259 @@
 //! One answer in the making: a request joined with its record.
 //!
 //! Streamed and whole answers both read a [`Session`], so there is one place
-//! where events are recorded, the deadline is kept and the server's stop is
+//! where pieces are recorded, the deadline is kept and the server's stop is
 //! obeyed. Dropping it cancels the backend's work and settles the record.
 
 use crate::{
-    app::{App, Target},
+    app::App,
+    ask::Ask,
+    attempt::{Attempts, Opened},
     error::Failure,
     recorder::{Intake, Recorder},
+    route::{Canary, InFlight, Seen, Target},
+    table::{Plan, Table},
+    upstream::{Dialect, Piece, Pieces, UpstreamError},
 };
-use ashlar_api::{ApiError, ChatRequest, CompletionRequest, Event, EventStream};
+use ashlar_api::ApiError;
 use futures::StreamExt as _;
-use std::{sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 use tokio::{sync::watch, time::Instant};
 
-/// A request of either endpoint, read and not yet run.
-pub(crate) enum Call {
-    Chat(ChatRequest),
-    Completion(CompletionRequest),
-}
-
-impl Call {
-    fn model_mut(&mut self) -> &mut String {
-        match self {
-            Self::Chat(r) => &mut r.model,
-            Self::Completion(r) => &mut r.model,
-        }
-    }
-
-    pub(crate) fn model(&self) -> &str {
-        match self {
-            Self::Chat(r) => &r.model,
-            Self::Completion(r) => &r.model,
-        }
-    }
-
-    pub(crate) fn stream(&self) -> bool {
-        match self {
-            Self::Chat(r) => r.stream,
-            Self::Completion(r) => r.stream,
-        }
-    }
-
-    pub(crate) fn endpoint(&self) -> &'static str {
-        match self {
-            Self::Chat(_) => "/v1/chat/completions",
-            Self::Completion(_) => "/v1/completions",
-        }
-    }
-
-    pub(crate) fn include_usage(&self) -> bool {
-        let options = match self {
-            Self::Chat(r) => r.stream_options,
-            Self::Completion(r) => r.stream_options,
-        };
-        options.is_some_and(|o| o.include_usage)
-    }
-
-    /// The seed; where the client gave none, one drawn from `id`, so that the
-    /// record always says which it was.
-    fn fix_seed(&mut self, id: &str) -> i64 {
-        let seed = match self {
-            Self::Chat(r) => &mut r.seed,
-            Self::Completion(r) => &mut r.seed,
-        };
-        *seed.get_or_insert_with(|| {
-            let hash = *ashlar_core::Digest::of(id.as_bytes()).as_bytes();
-            let (low, _) = hash.split_at(4);
-            low.iter().fold(0, |seed, byte| seed << 8 | i64::from(*byte))
-        })
-    }
-
-    fn id_prefix(&self) -> &'static str {
-        match self {
-            Self::Chat(_) => "chatcmpl",
-            Self::Completion(_) => "cmpl",
-        }
-    }
-}
-
-/// An admitted request whose events are being read.
+/// An admitted request whose pieces are being read.
 pub(crate) struct Session {
     recorder: Recorder,
-    events: Option<EventStream>,
+    /// The model that answers, as clients see it.
+    model: String,
+    target: Option<Arc<Target>>,
+    flight: Option<InFlight>,
+    canary: Option<(Arc<Canary>, bool)>,
+    pieces: Option<Pieces>,
     /// Read ahead so that an early failure still has its HTTP status.
-    first: Option<Event>,
+    ready: VecDeque<Piece>,
+    last: Option<std::time::Instant>,
     deadline: Instant,
     timeout: Duration,
     stop: watch::Receiver<bool>,
 }
 
+/// The seed an engine uses when the client gave none, drawn from the response
+/// id, so that the record always says which it was.
+fn seed_of(id: &str) -> i64 {
+    let hash = *ashlar_core::Digest::of(id.as_bytes()).as_bytes();
+    let (low, _) = hash.split_at(4);
+    low.iter().fold(0, |seed, byte| seed << 8 | i64::from(*byte))
+}
+
 impl Session {
-    /// Admits `call`, hands it to its backend and waits for its first event.
+    /// Admits `ask`, has it answered as `plan` says, and waits for the
+    /// beginning.
     ///
     /// # Errors
-    /// When the store does not admit it, or the backend refuses it or fails
-    /// before its first event; the record is settled then.
-    pub(crate) async fn open(
-        app: &Arc<App>,
-        mut call: Call,
-        target: Target,
-        arrived: std::time::Instant,
-    ) -> Result<Self, Failure> {
-        let (in_flight, limit) = (app.live.len(), app.state.config.max_in_flight);
+    /// When the store does not admit it, or no backend begins an answer; the
+    /// record is settled then.
+    pub(crate) async fn open(app: &Arc<App>, table: &Arc<Table>, ask: &Ask, plan: Plan) -> Result<Self, Failure> {
+        let (in_flight, limit) = (app.live.len(), table.limits.max_in_flight);
         if in_flight >= limit {
-            return Err(ApiError::overloaded(
-                format!("{in_flight} responses are in flight, the limit is {limit}"),
-                1,
-            )
-            .into());
+            let message = format!("{in_flight} responses are in flight, the limit is {limit}");
+            return Err(ApiError::overloaded(message, 1).into());
         }
-        target.model.id.clone_into(call.model_mut());
-        let id = ashlar_core::id::new(call.id_prefix());
-        let seed = call.fix_seed(&id);
+        // A plan has a stage, and a stage a target, or it would be an error.
+        let first = plan.stages.first().and_then(|s| Some((s.route.name.clone(), s.order.first()?.clone())));
+        let (model, first) = first.ok_or_else(|| ApiError::internal("a plan without a target"))?;
+        let id = ashlar_core::id::new(ask.endpoint.id_prefix());
+        let engine = first.node.dialect == Dialect::Engine;
+        let sent: Option<i64> = ask.raw("seed").and_then(|raw| raw.parse().ok());
+        let seed = sent.unwrap_or_else(|| seed_of(&id));
+        app.decisions.insert(&id, plan.decision.clone());
         let intake = Intake {
             id: id.clone(),
-            release: target.release,
-            model: target.model.id,
-            backend: target.backend.name().to_owned(),
-            endpoint: call.endpoint(),
+            release: if engine { app.release(&first.model) } else { None },
+            model: model.clone(),
+            backend: first.node.name.clone(),
+            endpoint: ask.endpoint.path(),
             // The ledger keeps the 64 bits as they are.
-            seed: Some(seed as u64),
-            stream: call.stream(),
-            arrived,
+            seed: sent.or(engine.then_some(seed)).map(|s| s as u64),
+            stream: ask.stream,
+            arrived: ask.arrived,
+            prompt_estimate: ask.prompt_estimate(),
+            decision: plan.decision.clone(),
         };
-        let recorder = Recorder::admit(app.clone(), intake).await.map_err(|e| {
-            ApiError::unavailable(format!("the ledger did not take the request: {e}"))
-        })?;
-        let timeout = app.state.config.request_timeout;
+        let recorder = Recorder::admit(app.clone(), intake);
+        let timeout = table.limits.request_timeout;
         let mut session = Self {
             recorder,
-            events: None,
-            first: None,
-            deadline: Instant::from_std(arrived) + timeout,
+            model,
+            target: None,
+            flight: None,
+            canary: None,
+            pieces: None,
+            ready: VecDeque::new(),
+            last: None,
+            deadline: Instant::from_std(ask.arrived) + timeout,
             timeout,
             stop: app.stop.clone(),
         };
-        let backend = target.backend;
-        let asked = async move {
-            match call {
-                Call::Chat(r) => backend.chat(r).await,
-                Call::Completion(r) => backend.complete(r).await,
+        session.recorder.sent_to(&first, !engine);
+        let attempts = Attempts { app, table, plan: &plan, ask, seed };
+        let opened = session.guarded(attempts.open()).await;
+        // Also before an error is told: it carries the response's id.
+        session.recorder.admitted().await.map_err(|e| {
+            ApiError::unavailable(format!("the ledger did not take the request: {e}"))
+        })?;
+        match opened {
+            Ok(opened) => {
+                session.take(opened).await;
+                Ok(session)
             }
-        };
-        match session.begin(asked).await {
-            Ok(()) => Ok(session),
-            Err(error) => Err(Failure {
-                error,
-                response_id: Some(id),
-            }),
+            Err(error) => Err(Failure { error, response_id: Some(id) }),
         }
     }
 
-    async fn begin(
-        &mut self,
-        asked: impl Future<Output = Result<EventStream, ApiError>>,
-    ) -> Result<(), ApiError> {
-        self.events = Some(self.guarded(asked).await?);
-        self.first = Some(self.read().await?);
-        Ok(())
+    async fn take(&mut self, opened: Opened) {
+        let Opened { target, model, ready, stream, flight, canary, .. } = opened;
+        self.recorder.sent_to(&target, target.node.dialect != Dialect::Engine);
+        (self.model, self.pieces, self.flight) = (model, Some(stream), Some(flight));
+        (self.target, self.canary) = (Some(target), canary);
+        for (piece, at) in ready {
+            self.note(&piece, at).await;
+            self.ready.push_back(piece);
+        }
     }
 
     pub(crate) fn id(&self) -> &str {
         self.recorder.id()
     }
 
-    /// The next event. After `Done` or an error there is nothing to read.
-    pub(crate) async fn next(&mut self) -> Result<Event, ApiError> {
-        match self.first.take() {
-            Some(event) => Ok(event),
+    /// The model that answers, as clients see it.
+    pub(crate) fn model(&self) -> &str {
+        &self.model
+    }
+
+    /// Whether the answer is the engine's in this process.
+    pub(crate) fn is_engine(&self) -> bool {
+        self.target.as_ref().is_some_and(|t| t.node.dialect == Dialect::Engine)
+    }
+
+    /// The next piece. After `Done` or an error there is nothing to read.
+    pub(crate) async fn next(&mut self) -> Result<Piece, ApiError> {
+        match self.ready.pop_front() {
+            Some(piece) => Ok(piece),
             None => self.read().await,
         }
     }
 
-    async fn read(&mut self) -> Result<Event, ApiError> {
-        let mut events = self.events.take();
-        let next = async {
-            match &mut events {
-                Some(stream) => stream.next().await.unwrap_or_else(|| {
-                    Err(ApiError::internal("the backend ended without finishing"))
-                }),
-                None => Err(ApiError::internal("the answer has ended")),
+    async fn note(&mut self, piece: &Piece, at: std::time::Instant) {
+        self.recorder.note(piece, at).await;
+        let token = match piece {
+            Piece::Text(_) => true,
+            Piece::Chunk(chunk) => chunk.gains > 0,
+            Piece::Started { .. } => false,
+            Piece::Done(end) => {
+                if let Some(target) = &self.target {
+                    target.load.answered(end.tokens.completion());
+                    target.node.health.success();
+                }
+                if let Some((canary, drawn)) = self.canary.as_ref().filter(|_| self.recorder.refused()) {
+                    canary.seen(*drawn, Seen::Refused);
+                }
+                (self.pieces, self.flight) = (None, None);
+                false
             }
         };
-        let event = self.guarded(next).await?;
-        self.recorder.note(&event).await;
-        if !matches!(event, Event::Done { .. }) {
-            self.events = events;
+        if token {
+            match (self.last, &self.target, &mut self.flight) {
+                (Some(last), Some(target), _) => {
+                    target.load.gap(at.saturating_duration_since(last).as_secs_f64(), at);
+                }
+                (None, _, Some(flight)) => flight.first_token(at),
+                _ => {}
+            }
+            self.last = Some(at);
         }
-        Ok(event)
+    }
+
+    async fn read(&mut self) -> Result<Piece, ApiError> {
+        let mut pieces = self.pieces.take();
+        let target = self.target.clone();
+        let next = async {
+            let result = match &mut pieces {
+                Some(stream) => stream.next().await.unwrap_or_else(|| {
+                    Err(UpstreamError::Local(ApiError::internal("the backend ended without finishing")))
+                }),
+                None => Err(UpstreamError::Local(ApiError::internal("the answer has ended"))),
+            };
+            result.map_err(|e| {
+                if let Some(target) = &target {
+                    target.node.health.failure(&e, std::time::Instant::now());
+                    self.recorder.upstream_error(&target.node.name, e.class());
+                }
+                if let Some((canary, drawn)) = self.canary.as_ref().filter(|_| e.unhealthy()) {
+                    canary.seen(*drawn, Seen::Failed);
+                }
+                ApiError::from(e)
+            })
+        };
+        // Not through `guarded`: `next` borrows the recorder.
+        let result = Guard { stop: self.stop.clone(), deadline: self.deadline, timeout: self.timeout }.run(next).await;
+        let piece = self.verdict(result).await?;
+        self.pieces = pieces;
+        self.note(&piece, std::time::Instant::now()).await;
+        Ok(piece)
     }
 
     /// Runs `work` until the deadline or the server's stop; a failure is settled.
-    async fn guarded<T>(
-        &mut self,
-        work: impl Future<Output = Result<T, ApiError>>,
-    ) -> Result<T, ApiError> {
-        let mut stop = self.stop.clone();
-        // The watch's guard may not live across an await.
-        let stopped = async move { stop.wait_for(|s| *s).await.map(drop) };
-        let error = tokio::select! {
-            biased;
-            _ = stopped => {
-                self.recorder.cancel().await;
-                return Err(ApiError::unavailable("the server is stopping"));
+    async fn guarded<T>(&mut self, work: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
+        let guard = Guard { stop: self.stop.clone(), deadline: self.deadline, timeout: self.timeout };
+        let result = guard.run(work).await;
+        self.verdict(result).await
+    }
+
+    async fn verdict<T>(&mut self, result: Outcome<T>) -> Result<T, ApiError> {
+        let error = match result {
+            Outcome::Done(value) => return Ok(value),
+            Outcome::Failed(error) => {
+                self.recorder.fail(&error.message).await;
+                error
             }
-            result = tokio::time::timeout_at(self.deadline, work) => match result {
-                Ok(Ok(value)) => return Ok(value),
-                Ok(Err(e)) => e,
-                Err(_) => ApiError {
-                    status: 504,
-                    code: Some("timeout".into()),
-                    ..ApiError::internal(format!(
-                        "no end after {} s, the limit for one answer",
-                        self.timeout.as_secs_f64()
-                    ))
-                },
+            Outcome::Stopped => {
+                self.recorder.cancel().await;
+                ApiError::unavailable("the server is stopping")
             }
         };
-        self.recorder.fail(&error.message).await;
+        (self.pieces, self.flight) = (None, None);
         Err(error)
+    }
+}
+
+enum Outcome<T> {
+    Done(T),
+    Failed(ApiError),
+    Stopped,
+}
+
+/// What ends a request from outside.
+struct Guard {
+    stop: watch::Receiver<bool>,
+    deadline: Instant,
+    timeout: Duration,
+}
+
+impl Guard {
+    async fn run<T>(mut self, work: impl Future<Output = Result<T, ApiError>>) -> Outcome<T> {
+        // The watch's guard may not live across an await.
+        let stopped = async move { self.stop.wait_for(|s| *s).await.map(drop) };
+        tokio::select! {
+            biased;
+            _ = stopped => Outcome::Stopped,
+            result = tokio::time::timeout_at(self.deadline, work) => match result {
+                Ok(Ok(value)) => Outcome::Done(value),
+                Ok(Err(e)) => Outcome::Failed(e),
+                Err(_) => Outcome::Failed(ApiError {
+                    status: 504,
+                    code: Some("timeout".into()),
+                    ..ApiError::internal(format!("no end after {} s, the limit for one answer", self.timeout.as_secs_f64()))
+                }),
+            }
+        }
     }
 }

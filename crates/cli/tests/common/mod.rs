@@ -130,7 +130,13 @@ impl Drop for Running {
 
 /// `ashlar serve` on a free port; its base URL and the model's name.
 pub fn served(home: &Path, model: &str) -> (Running, String, String) {
-    let mut running = Running::start(&mut ashlar(home, &["serve", "--json", "--model", model, "--listen", "127.0.0.1:0"]));
+    served_with(home, &["--model", model])
+}
+
+/// The same with other arguments than a model.
+pub fn served_with(home: &Path, more: &[&str]) -> (Running, String, String) {
+    let args: Vec<&str> = ["serve", "--json", "--listen", "127.0.0.1:0"].into_iter().chain(more.iter().copied()).collect();
+    let mut running = Running::start(&mut ashlar(home, &args));
     let mut first = String::new();
     let stdout = running.child.stdout.take().expect("piped");
     BufReader::new(stdout).read_line(&mut first).expect("a line");

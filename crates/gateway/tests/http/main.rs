@@ -1,8 +1,10 @@
 //! The server as clients meet it, over sockets, with a scripted backend and a
 //! real store.
 
+mod mock;
 mod peers;
 mod support;
+mod upstreams;
 
 use serde_json::{Value, json};
 use std::{sync::atomic::Ordering::SeqCst, time::Duration};

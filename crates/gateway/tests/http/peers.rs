@@ -9,7 +9,7 @@ use crate::support::{MODEL, Server, XSS};
 use std::{path::Path, process::Output};
 use tokio::process::Command;
 
-fn skip(what: &str) {
+pub(crate) fn skip(what: &str) {
     let required = std::env::var("ASHLAR_REQUIRE_PEERS").is_ok_and(|v| v == "1");
     assert!(!required, "{what} is required");
     eprintln!("skipped: {what} is absent");

@@ -5,12 +5,13 @@ use ashlar_api::{
     ModelInfo, Prompt, Score, Timings, Usage,
 };
 use ashlar_core::{ArtifactKind, Digest};
-use ashlar_gateway::{GatewayConfig, GatewayState, Prices, Served};
+use ashlar_gateway::{Config, GatewayConfig, GatewayState, Prices, Served};
 use ashlar_store::{Exposure, Observation, Release, ResponseRow, Stage, Store};
 use base64::Engine as _;
 use serde_json::{Value, json};
 use std::{
     net::SocketAddr,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::SeqCst},
@@ -153,6 +154,24 @@ impl Server {
     }
 
     pub(crate) async fn with(set: impl FnOnce(&mut GatewayConfig)) -> Self {
+        Self::of(|state| set(&mut state.config)).await
+    }
+
+    /// With servers behind it, besides the scripted backend.
+    pub(crate) async fn routed(toml: &str) -> Self {
+        Self::of(|state| state.routing = Config::parse(toml).unwrap()).await
+    }
+
+    /// With a configuration file that is read again when it changes.
+    pub(crate) async fn reloading(path: &Path) -> Self {
+        Self::of(|state| {
+            state.routing = Config::parse(&std::fs::read_to_string(path).unwrap()).unwrap();
+            state.routing_file = Some(path.to_owned());
+        })
+        .await
+    }
+
+    async fn of(set: impl FnOnce(&mut GatewayState)) -> Self {
         let home = tempfile::tempdir().unwrap();
         let store = Store::open(home.path()).await.unwrap();
         let release = lineage(&store).await;
@@ -167,7 +186,7 @@ impl Server {
             let answer = row.settlement.as_ref().and_then(|s| s.answer.clone()).unwrap_or_default();
             if answer.is_empty() { vec![] } else { vec![("doc-14".into(), answer)] }
         }));
-        set(&mut state.config);
+        set(&mut state);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let at = listener.local_addr().unwrap();
         let (stop, stopped) = oneshot::channel();

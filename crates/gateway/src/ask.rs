@@ -1,0 +1,295 @@
+//! A request as the client sent it: its body, and where each top-level field
+//! lies in it.
+//!
+//! A body goes to an upstream almost unchanged, so it is scanned, not read into
+//! a tree: 1 MB of messages costs one pass and no allocation. What a field holds
+//! is checked by whoever answers: the engine reads strictly, an upstream by its
+//! own rules.
+//!
+//! What may not happen here: a field given twice (one would be lost), or a
+//! field that no one sees (`upstream::dialect` refuses what is not passed on).
+
+use crate::upstream::Call;
+use ashlar_api::ApiError;
+use axum::http::HeaderMap;
+use bytes::Bytes;
+use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
+use serde_json::value::RawValue;
+use std::{borrow::Cow, fmt, ops::Range, sync::OnceLock, time::Instant};
+
+/// Bytes of JSON a token is taken for where no one counted: the usual rule of
+/// thumb for English.
+const BYTES_PER_TOKEN: usize = 4;
+
+/// What is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Endpoint {
+    Chat,
+    Completions,
+}
+
+impl Endpoint {
+    /// Our route, as the ledger names it.
+    pub(crate) const fn path(self) -> &'static str {
+        match self {
+            Self::Chat => "/v1/chat/completions",
+            Self::Completions => "/v1/completions",
+        }
+    }
+
+    /// The route below an upstream's base address.
+    pub(crate) const fn tail(self) -> &'static str {
+        match self {
+            Self::Chat => "/chat/completions",
+            Self::Completions => "/completions",
+        }
+    }
+
+    /// What response ids begin with.
+    pub(crate) const fn id_prefix(self) -> &'static str {
+        match self {
+            Self::Chat => "chatcmpl",
+            Self::Completions => "cmpl",
+        }
+    }
+
+    /// The field that holds the prompt.
+    pub(crate) const fn prompt(self) -> &'static str {
+        match self {
+            Self::Chat => "messages",
+            Self::Completions => "prompt",
+        }
+    }
+}
+
+/// A request, scanned.
+#[derive(Debug, Clone)]
+pub(crate) struct Ask {
+    pub(crate) endpoint: Endpoint,
+    pub(crate) headers: HeaderMap,
+    pub(crate) arrived: Instant,
+    /// The model as the client names it.
+    pub(crate) model: String,
+    pub(crate) stream: bool,
+    /// The client asked for a closing usage chunk.
+    pub(crate) include_usage: bool,
+    body: Bytes,
+    fields: Vec<(String, Range<usize>)>,
+    call: OnceLock<Result<Call, ApiError>>,
+}
+
+/// A JSON object's top-level fields, unread.
+pub(crate) struct Fields<'a>(pub(crate) Vec<(Cow<'a, str>, &'a RawValue)>);
+
+impl<'de> Deserialize<'de> for Fields<'de> {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct V;
+        impl<'de> Visitor<'de> for V {
+            type Value = Fields<'de>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a JSON object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
+                let mut fields: Vec<(Cow<'de, str>, &'de RawValue)> = Vec::with_capacity(12);
+                while let Some(Key(key)) = map.next_key()? {
+                    if fields.iter().any(|(k, _)| *k == key) {
+                        let key: String = key.chars().take(80).collect();
+                        return Err(A::Error::custom(format!("{key:?} is given twice")));
+                    }
+                    fields.push((key, map.next_value()?));
+                }
+                Ok(Fields(fields))
+            }
+        }
+        d.deserialize_map(V)
+    }
+}
+
+/// A key, borrowed where it holds no escape.
+struct Key<'a>(Cow<'a, str>);
+
+impl<'de> Deserialize<'de> for Key<'de> {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct V;
+        impl<'de> Visitor<'de> for V {
+            type Value = Key<'de>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a key")
+            }
+            fn visit_borrowed_str<E>(self, s: &'de str) -> Result<Key<'de>, E> {
+                Ok(Key(Cow::Borrowed(s)))
+            }
+            fn visit_str<E>(self, s: &str) -> Result<Key<'de>, E> {
+                Ok(Key(Cow::Owned(s.to_owned())))
+            }
+        }
+        d.deserialize_str(V)
+    }
+}
+
+impl Ask {
+    /// Scans `body`.
+    ///
+    /// # Errors
+    /// 400 for what is no JSON object, a field given twice, and a `model`,
+    /// `stream` or `stream_options` of the wrong type.
+    pub(crate) fn read(
+        endpoint: Endpoint,
+        headers: HeaderMap,
+        body: Bytes,
+        arrived: Instant,
+    ) -> Result<Self, ApiError> {
+        let bad = |e: &dyn fmt::Display| {
+            let message = format!("the body is not the JSON object expected: {e}");
+            ApiError::bad_request(message, None, Some("invalid_json"))
+        };
+        let text = std::str::from_utf8(&body).map_err(|e| bad(&e))?;
+        let Fields(scanned) = serde_json::from_str(text).map_err(|e| bad(&e))?;
+        let start = text.as_ptr() as usize;
+        let fields = scanned.iter().map(|(key, raw)| {
+            // A raw value borrows from `text`, so the difference is its offset.
+            let at = raw.get().as_ptr() as usize - start;
+            (key.clone().into_owned(), at..at + raw.get().len())
+        });
+        let fields: Vec<_> = fields.filter(|(_, at)| &text[at.clone()] != "null").collect();
+        let mut ask = Self {
+            endpoint,
+            headers,
+            arrived,
+            model: String::new(),
+            stream: false,
+            include_usage: false,
+            body: body.clone(),
+            fields,
+            call: OnceLock::new(),
+        };
+        ask.model = match ask.typed::<String>("model", "a string")? {
+            None => return Err(missing("model")),
+            Some(m) if m.is_empty() => {
+                return Err(ApiError::bad_request("model is empty", Some("model"), Some("invalid_value")));
+            }
+            Some(m) => m,
+        };
+        ask.stream = ask.typed("stream", "true or false")?.unwrap_or(false);
+        let options: Option<serde_json::Map<String, serde_json::Value>> =
+            ask.typed("stream_options", "an object")?;
+        if let Some(options) = options {
+            if !ask.stream {
+                let message = "stream_options is only allowed when stream is true";
+                return Err(ApiError::bad_request(message, Some("stream_options"), Some("invalid_value")));
+            }
+            ask.include_usage = options.get("include_usage") == Some(&serde_json::Value::Bool(true));
+        }
+        if ask.raw(endpoint.prompt()).is_none() {
+            return Err(missing(endpoint.prompt()));
+        }
+        Ok(ask)
+    }
+
+    /// Names and JSON of all fields that are not null, in the client's order.
+    pub(crate) fn fields(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.fields.iter().map(|(name, at)| (name.as_str(), self.text(at)))
+    }
+
+    /// The JSON of a field; null counts as absent.
+    pub(crate) fn raw(&self, name: &str) -> Option<&str> {
+        let (_, at) = self.fields.iter().find(|(n, _)| n == name)?;
+        Some(self.text(at))
+    }
+
+    fn text(&self, at: &Range<usize>) -> &str {
+        // The range came from a str in `body`.
+        self.body.get(at.clone()).and_then(|b| std::str::from_utf8(b).ok()).unwrap_or("")
+    }
+
+    /// A field of type `T`.
+    pub(crate) fn typed<'a, T: Deserialize<'a>>(&'a self, name: &str, wanted: &str) -> Result<Option<T>, ApiError> {
+        let read = self.raw(name).map(serde_json::from_str::<T>).transpose();
+        read.map_err(|_| {
+            let got: String = self.raw(name).unwrap_or("").chars().take(80).collect();
+            let message = format!("{name} must be {wanted}, got {got}");
+            ApiError::bad_request(message, Some(name), Some("invalid_type"))
+        })
+    }
+
+    pub(crate) fn body(&self) -> &Bytes {
+        &self.body
+    }
+
+    /// The request as the engine reads it, read once.
+    pub(crate) fn call(&self) -> Result<&Call, ApiError> {
+        let read = self.call.get_or_init(|| Call::parse(self.endpoint, &self.body));
+        read.as_ref().map_err(Clone::clone)
+    }
+
+    /// The prompt's JSON: what a prefix cache would see first, in essence.
+    pub(crate) fn prompt(&self) -> &str {
+        self.raw(self.endpoint.prompt()).unwrap_or("")
+    }
+
+    /// Most tokens the client lets be generated.
+    pub(crate) fn max_tokens(&self) -> Option<u32> {
+        let read = |name| self.raw(name).and_then(|raw| raw.parse().ok());
+        read("max_completion_tokens").or_else(|| read("max_tokens"))
+    }
+
+    /// Tokens of the prompt, guessed from its size.
+    pub(crate) fn prompt_estimate(&self) -> u32 {
+        let bytes = self.prompt().len() + self.raw("tools").map_or(0, str::len);
+        estimate(bytes)
+    }
+}
+
+/// Tokens of `bytes` of text, guessed: at least one for any text.
+pub(crate) fn estimate(bytes: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(BYTES_PER_TOKEN)).unwrap_or(u32::MAX)
+}
+
+fn missing(name: &str) -> ApiError {
+    ApiError::bad_request(format!("{name} is required"), Some(name), Some("missing_required_parameter"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(body: &str) -> Result<Ask, ApiError> {
+        Ask::read(Endpoint::Chat, HeaderMap::new(), Bytes::copy_from_slice(body.as_bytes()), Instant::now())
+    }
+
+    #[test]
+    fn fields_keep_their_bytes() {
+        let body = r#" {"model":"m\u0041", "messages" : [ {"a": 1.10} ],"top_k":null,"x\n":"é" ,"stream":true,"stream_options":{"include_usage":true}}"#;
+        let ask = read(body).unwrap();
+        assert_eq!((ask.model.as_str(), ask.stream, ask.include_usage), ("mA", true, true));
+        assert_eq!(ask.raw("messages"), Some(r#"[ {"a": 1.10} ]"#));
+        assert_eq!((ask.raw("x\n"), ask.raw("top_k")), (Some("\"é\""), None));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (body, param, says) in [
+            ("{", None, "JSON object"),
+            ("[1]", None, "JSON object"),
+            (r#"{"model":"m","model":"n","messages":[]}"#, None, "given twice"),
+            (r#"{"model":"m"}"#, Some("messages"), "required"),
+            (r#"{"messages":[]}"#, Some("model"), "required"),
+            (r#"{"model":7,"messages":[]}"#, Some("model"), "a string, got 7"),
+            (r#"{"model":"m","messages":[],"stream":1}"#, Some("stream"), "true or false"),
+            (r#"{"model":"m","messages":[],"stream_options":{}}"#, Some("stream_options"), "only allowed"),
+        ] {
+            let e = read(body).unwrap_err();
+            assert_eq!((e.status, e.param.as_deref()), (400, param), "{body}");
+            assert!(e.message.contains(says), "{}", e.message);
+        }
+        let bytes = Bytes::from_static(b"{\"model\":\"\xff\"}");
+        assert_eq!(Ask::read(Endpoint::Chat, HeaderMap::new(), bytes, Instant::now()).unwrap_err().status, 400);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_body_is_read_or_refused(body: Vec<u8>) {
+            let _ = Ask::read(Endpoint::Completions, HeaderMap::new(), body.into(), Instant::now());
+        }
+    }
+}

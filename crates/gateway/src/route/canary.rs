@@ -1,0 +1,214 @@
+//! A new target tried on a share of requests, and taken back when it is worse.
+//!
+//! Requests are drawn for the canary with a fixed probability. Were it as good
+//! as the others, each failure would be the canary's with just that probability,
+//! whatever the rate of failures is: the test looks at failures alone. It is a
+//! sequential one (an e-process, a mixture of likelihood ratios over several odds;
+//! Ville's inequality bounds its false alarms), so that it may be looked at after
+//! each request and stopped at any. The same holds of slow first tokens and of
+//! refusals; the three share the error probability (Bonferroni).
+//!
+//! What may not happen here: a retry or a fallback is counted, which no draw
+//! assigned; or a canary that was taken back comes again by itself.
+
+use crate::config::CanarySettings;
+use serde_json::{Value, json};
+use std::sync::{Mutex, PoisonError};
+
+/// Odds of a failure at the canary against the others that are tested for.
+const ODDS: [f64; 6] = [1.25, 1.5, 2.0, 3.0, 5.0, 10.0];
+/// First tokens later than this quantile of all are slow.
+const SLOW: f64 = 0.9;
+
+/// Evidence that events fall on the canary more often than it is drawn.
+#[derive(Debug, Clone)]
+struct Evidence {
+    share: f64,
+    log: [f64; ODDS.len()],
+    /// Events at the canary, and at the others.
+    events: (u64, u64),
+}
+
+impl Evidence {
+    fn new(share: f64) -> Self {
+        Self { share, log: [0.0; ODDS.len()], events: (0, 0) }
+    }
+
+    fn event(&mut self, canary: bool) {
+        let s = self.share;
+        for (log, odds) in self.log.iter_mut().zip(ODDS) {
+            // The event's probability to be the canary's under these odds.
+            let p = odds * s / (odds * s + 1.0 - s);
+            *log += if canary { (p / s).ln() } else { ((1.0 - p) / (1.0 - s)).ln() };
+        }
+        if canary { self.events.0 += 1 } else { self.events.1 += 1 }
+    }
+
+    /// The e-value: its inverse bounds the probability of so much by chance.
+    fn value(&self) -> f64 {
+        self.log.iter().map(|l| l.exp()).sum::<f64>() / ODDS.len() as f64
+    }
+}
+
+/// What became of a drawn request.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Seen {
+    Failed,
+    /// Seconds to the first token.
+    FirstToken(f64),
+    Refused,
+}
+
+#[derive(Debug)]
+struct State {
+    failures: Evidence,
+    slow: Evidence,
+    refusals: Evidence,
+    /// The running quantile of first tokens, in seconds, and samples of it.
+    quantile: (f64, u64),
+    drawn: (u64, u64),
+    rolled_back: Option<String>,
+}
+
+/// One canary.
+#[derive(Debug)]
+pub(crate) struct Canary {
+    pub(crate) settings: CanarySettings,
+    state: Mutex<State>,
+}
+
+impl Canary {
+    pub(crate) fn new(settings: CanarySettings) -> Self {
+        let evidence = || Evidence::new(settings.share);
+        let state = State {
+            failures: evidence(),
+            slow: evidence(),
+            refusals: evidence(),
+            quantile: (0.0, 0),
+            drawn: (0, 0),
+            rolled_back: None,
+        };
+        Self { settings, state: Mutex::new(state) }
+    }
+
+    fn with<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
+        f(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Why it was taken back, if it was.
+    pub(crate) fn rolled_back(&self) -> Option<String> {
+        self.with(|s| s.rolled_back.clone())
+    }
+
+    /// A request was drawn for the canary, or for the others.
+    pub(crate) fn drawn(&self, canary: bool) {
+        self.with(|s| if canary { s.drawn.0 += 1 } else { s.drawn.1 += 1 });
+    }
+
+    /// A drawn request's outcome. May take the canary back.
+    pub(crate) fn seen(&self, canary: bool, what: Seen) {
+        let limit = 3.0 / self.settings.alpha;
+        self.with(|s| {
+            let (name, evidence) = match what {
+                Seen::Failed => ("failures", &mut s.failures),
+                Seen::Refused => ("refusals", &mut s.refusals),
+                Seen::FirstToken(seconds) => {
+                    // Robbins and Monro's recursion; what is slow is decided
+                    // before the sample is taken in.
+                    let (quantile, n) = &mut s.quantile;
+                    let slow = seconds > *quantile;
+                    let step = (quantile.max(seconds) * 0.05).max(1e-6);
+                    *quantile = (*quantile + step * if slow { SLOW } else { SLOW - 1.0 }).max(0.0);
+                    *n += 1;
+                    // The quantile must have settled first.
+                    if !slow || *n < 200 {
+                        return;
+                    }
+                    ("slow first tokens", &mut s.slow)
+                }
+            };
+            evidence.event(canary);
+            if evidence.value() >= limit && s.rolled_back.is_none() {
+                let (at, others) = evidence.events;
+                s.rolled_back = Some(format!(
+                    "{name}: {at} at the canary, {others} elsewhere, with {} of requests drawn for it (e-value {:.0}, limit {limit:.0})",
+                    self.settings.share,
+                    evidence.value(),
+                ));
+            }
+        });
+    }
+
+    /// For the console.
+    pub(crate) fn to_json(&self) -> Value {
+        self.with(|s| {
+            let show = |e: &Evidence| json!({"canary": e.events.0, "others": e.events.1, "e_value": e.value()});
+            json!({
+                "backend": self.settings.backend, "share": self.settings.share, "alpha": self.settings.alpha,
+                "drawn": {"canary": s.drawn.0, "others": s.drawn.1}, "failures": show(&s.failures),
+                "slow_first_tokens": show(&s.slow), "refusals": show(&s.refusals), "rolled_back": s.rolled_back,
+            })
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::route::random;
+
+    fn canary(share: f64) -> Canary {
+        Canary::new(CanarySettings { backend: "new".into(), share, alpha: 0.01 })
+    }
+
+    /// Requests until it is taken back, at most `most`.
+    fn run(canary: &Canary, most: u32, mut bad: impl FnMut(bool) -> bool) -> u32 {
+        for n in 0..most {
+            if canary.rolled_back().is_some() {
+                return n;
+            }
+            let drawn = random() < canary.settings.share;
+            if bad(drawn) {
+                canary.seen(drawn, Seen::Failed);
+            }
+        }
+        most
+    }
+
+    #[test]
+    fn a_worse_canary_is_taken_back_soon_and_an_equal_one_is_not() {
+        let worse = canary(0.1);
+        let after = run(&worse, 20_000, |drawn| random() < if drawn { 0.2 } else { 0.02 });
+        assert!(after < 2000, "{after} requests");
+        assert!(worse.rolled_back().unwrap().contains("failures"));
+        // At most 1 in 100 false alarms, and far fewer in truth: 200 trials of
+        // 5000 requests with 3 in 10 failing, at both alike.
+        let alarms = (0..200).filter(|_| run(&canary(0.1), 5000, |_| random() < 0.3) < 5000).count();
+        assert!(alarms <= 6, "{alarms} of 200");
+        let better = canary(0.1);
+        assert_eq!(run(&better, 20_000, |drawn| random() < if drawn { 0.01 } else { 0.1 }), 20_000);
+    }
+
+    #[test]
+    fn a_slow_canary_is_taken_back() {
+        let slow = canary(0.2);
+        let mut n = 0;
+        while slow.rolled_back().is_none() && n < 20_000 {
+            let drawn = random() < 0.2;
+            slow.seen(drawn, Seen::FirstToken(0.1 * random() + if drawn { 0.1 } else { 0.0 }));
+            n += 1;
+        }
+        assert!(n < 3000 && slow.rolled_back().unwrap().contains("slow"), "{n}");
+    }
+
+    #[test]
+    fn the_evidence_of_a_fair_draw_does_not_grow_on_average() {
+        // An e-process is a martingale under the null: its mean over one step is
+        // what it was.
+        let base = Evidence::new(0.3);
+        let (mut hit, mut miss) = (base.clone(), base.clone());
+        hit.event(true);
+        miss.event(false);
+        assert!((0.3 * hit.value() + 0.7 * miss.value() - base.value()).abs() < 1e-12);
+    }
+}
