@@ -7,17 +7,23 @@
 
 #![forbid(unsafe_code)]
 
+mod bpe;
 mod bytes;
 mod chat;
 pub mod detect;
 mod error;
+mod gguf;
 mod jinja;
 mod mask;
 mod overlap;
+mod split;
+mod table;
 mod tokenizer;
+mod vocab;
 
 pub use chat::{ChatTemplate, Message};
 pub use error::TextError;
+pub use gguf::GgufVocab;
 pub use mask::{Masked, masked_chat};
 pub use overlap::{Overlap, overlap};
-pub use tokenizer::{GgufVocab, StreamDecoder, Tokenizer};
+pub use tokenizer::{StreamDecoder, Tokenizer};

@@ -1,122 +1,16 @@
 //! SmolLM2's tokenizer as its GGUF describes it: known ids, and identity.
-//!
-//! The metadata is read by a few lines here, because `text` does not lean on
-//! `formats`.
 
 #![allow(clippy::unwrap_used)] // a failed test is meant to panic
 
-use ashlar_text::{ChatTemplate, GgufVocab, Message, Tokenizer, masked_chat};
-use std::{collections::HashMap, path::PathBuf};
+mod common;
 
-enum Meta {
-    Text(String),
-    Texts(Vec<String>),
-    Numbers(Vec<i64>),
-}
-
-/// A reader of trusted bytes: the test may panic.
-struct Reader<'a>(&'a [u8]);
-
-impl Reader<'_> {
-    fn number<const N: usize>(&mut self) -> u64 {
-        let (head, rest) = self.0.split_at(N);
-        self.0 = rest;
-        let mut bytes = [0; 8];
-        bytes[..N].copy_from_slice(head);
-        u64::from_le_bytes(bytes)
-    }
-
-    fn text(&mut self) -> String {
-        let n = self.number::<8>() as usize;
-        let (head, rest) = self.0.split_at(n);
-        self.0 = rest;
-        String::from_utf8(head.to_vec()).unwrap()
-    }
-
-    fn scalar(&mut self, kind: u64) -> i64 {
-        (match kind {
-            0 | 1 | 7 => self.number::<1>(),
-            2 | 3 => self.number::<2>(),
-            4..=6 => self.number::<4>(),
-            _ => self.number::<8>(),
-        }) as i64
-    }
-
-    fn meta(&mut self) -> HashMap<String, Meta> {
-        self.number::<8>();
-        self.number::<8>();
-        (0..self.number::<8>())
-            .map(|_| {
-                let key = self.text();
-                let value = match self.number::<4>() {
-                    8 => Meta::Text(self.text()),
-                    9 => {
-                        let (kind, n) = (self.number::<4>(), self.number::<8>());
-                        match kind {
-                            8 => Meta::Texts((0..n).map(|_| self.text()).collect()),
-                            _ => Meta::Numbers((0..n).map(|_| self.scalar(kind)).collect()),
-                        }
-                    }
-                    kind => Meta::Numbers(vec![self.scalar(kind)]),
-                };
-                (key, value)
-            })
-            .collect()
-    }
-}
+use ashlar_text::{ChatTemplate, Message, Tokenizer, masked_chat};
 
 fn smollm() -> Option<(Tokenizer, ChatTemplate)> {
-    let path = std::env::var_os("ASHLAR_TEST_MODEL").map_or_else(
-        || {
-            let cache = std::env::var_os("ASHLAR_CACHE").map_or_else(
-                || {
-                    PathBuf::from(std::env::var_os("HOME").unwrap_or_default())
-                        .join(".cache/ashlar")
-                },
-                PathBuf::from,
-            );
-            cache.join("models/SmolLM2-135M-Instruct.Q4_1.gguf")
-        },
-        PathBuf::from,
-    );
-    let Ok(bytes) = std::fs::read(&path) else {
-        let required = std::env::var("ASHLAR_REQUIRE_PEERS").is_ok_and(|v| v == "1");
-        assert!(!required, "{} is missing", path.display());
-        eprintln!("skipped: {} is missing", path.display());
-        return None;
-    };
-    let mut meta = Reader(&bytes).meta();
-    let mut take = |key: &str| meta.remove(&format!("tokenizer.{key}")).unwrap();
-    let text = |m| match m {
-        Meta::Text(t) => t,
-        _ => panic!("not a text"),
-    };
-    let texts = |m| match m {
-        Meta::Texts(t) => t,
-        _ => panic!("not texts"),
-    };
-    let numbers = |m| match m {
-        Meta::Numbers(n) => n,
-        _ => panic!("not numbers"),
-    };
-    let vocab = GgufVocab {
-        model: text(take("ggml.model")),
-        pre: text(take("ggml.pre")),
-        tokens: texts(take("ggml.tokens")),
-        token_types: numbers(take("ggml.token_type"))
-            .iter()
-            .map(|&n| n as i32)
-            .collect(),
-        merges: texts(take("ggml.merges")),
-        bos: Some(numbers(take("ggml.bos_token_id"))[0] as u32),
-        eos: Some(numbers(take("ggml.eos_token_id"))[0] as u32),
-        add_bos: numbers(take("ggml.add_bos_token"))[0] != 0,
-        ..GgufVocab::default()
-    };
-    let template = text(take("chat_template"));
+    let (vocab, template) = common::vocab("ASHLAR_TEST_MODEL", "SmolLM2-135M-Instruct.Q4_1.gguf")?;
     Some((
         Tokenizer::from_gguf(vocab).unwrap(),
-        ChatTemplate::new(&template, "<|im_start|>", "<|im_end|>").unwrap(),
+        ChatTemplate::new(&template.unwrap(), "<|im_start|>", "<|im_end|>").unwrap(),
     ))
 }
 
