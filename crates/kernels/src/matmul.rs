@@ -35,7 +35,10 @@ use crate::{
     packed::{self, BLOCK, Block, FORMATS, GROUP, Kind, Per},
     pool::SendPtr,
 };
-use std::cell::RefCell;
+use std::{
+    cell::RefCell,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 /// How far ahead weights are asked for, in bytes, into the second cache: the
 /// processor's own prefetch stays too close, and the first cache takes too few
@@ -44,6 +47,14 @@ use std::cell::RefCell;
 const AHEAD: usize = 8 << 10;
 /// Activation rows a task takes at most: their int8 form stays in L2.
 const ROWS: usize = 128;
+
+/// Bytes of weights a thread takes at once where few rows meet them.
+const STEP: usize = 32 << 10;
+
+/// Groups taken of a thread's part, on a line of its own.
+#[derive(Default)]
+#[repr(align(128))]
+struct Taken(AtomicUsize);
 
 /// Rows quantized to int8, or otherwise made ready.
 #[derive(Default)]
@@ -54,6 +65,8 @@ struct Quantized {
     blocks: Vec<Activation>,
     /// What AMX multiplies with 16-bit floats.
     parts: Vec<u16>,
+    /// By thread.
+    taken: Vec<Taken>,
 }
 
 /// What the kernels need of 32 quantized activations besides their codes.
@@ -212,19 +225,13 @@ fn ordered(isa: Isa, pool: &Pool, x: &[f32], m: usize, ws: &mut [(&PackedMatrix,
         let rows = Rows { x, codes: &scratch.codes, blocks: &scratch.blocks, parts: &scratch.parts, k, run: k };
         let outs: Vec<_> = ws.iter_mut().map(|w| SendPtr(w.1.as_mut_ptr())).collect();
         let total: usize = ws.iter().map(|w| w.0.groups()).sum();
-        // Several tasks a thread, so that a late thread costs little.
-        let span = total.div_ceil(pool.threads() * 6).clamp(1, 32);
-        let col_tasks = total.div_ceil(span);
-        let row_tasks = m.div_ceil(ROWS);
-        let body = |task: usize, _: usize| {
-            let (row_task, col_task) = (task / col_tasks, task % col_tasks);
-            let span_rows = row_task * ROWS..m.min((row_task + 1) * ROWS);
-            let (from, to) = (col_task * span, total.min((col_task + 1) * span));
+        // Groups `from..to` of all matrices one after the other, times `span_rows`.
+        let body = |span_rows: std::ops::Range<usize>, from: usize, to: usize| {
             let mut base = 0;
             for ((w, _), out) in ws.iter().zip(&outs) {
                 let (first, last) = (from.max(base), to.min(base + w.groups()));
                 if first < last {
-                    // SAFETY: rows × columns of `out` belong to one task each,
+                    // SAFETY: rows × columns of `out` belong to one call each,
                     // and its length was checked above.
                     unsafe {
                         product(isa, w, first - base..last - base, rows, span_rows.clone(), out.get());
@@ -233,7 +240,38 @@ fn ordered(isa: Isa, pool: &Pool, x: &[f32], m: usize, ws: &mut [(&PackedMatrix,
                 base += w.groups();
             }
         };
-        pool.run(col_tasks * row_tasks, body);
+        let threads = pool.threads();
+        if m <= ROWS {
+            // Memory is the limit: each thread reads a part of its own from end to
+            // end and only then helps with another's.
+            let part = total.div_ceil(threads);
+            let bytes = ws.iter().map(|w| w.0.bytes()).sum::<usize>() / total.max(1);
+            let step = (STEP / bytes.max(1)).clamp(1, part.max(1));
+            scratch.taken.resize_with(threads, Taken::default);
+            scratch.taken.iter_mut().for_each(|t| *t.0.get_mut() = 0);
+            let taken = &scratch.taken;
+            pool.run(threads, |_, worker| {
+                for of in (worker..threads).chain(0..worker) {
+                    let end = total.min((of + 1) * part);
+                    loop {
+                        let from = of * part + taken[of].0.fetch_add(step, Ordering::Relaxed);
+                        if from >= end {
+                            break;
+                        }
+                        body(0..m, from, end.min(from + step));
+                    }
+                }
+            });
+            return;
+        }
+        // Several tasks a thread, so that a late thread costs little.
+        let span = total.div_ceil(threads * 6).clamp(1, 32);
+        let col_tasks = total.div_ceil(span);
+        pool.run(col_tasks * m.div_ceil(ROWS), |task, _| {
+            let (row_task, col_task) = (task / col_tasks, task % col_tasks);
+            let span_rows = row_task * ROWS..m.min((row_task + 1) * ROWS);
+            body(span_rows, col_task * span, total.min((col_task + 1) * span));
+        });
     });
 }
 
