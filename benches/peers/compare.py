@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Ashlar beside llama.cpp: same files, same machine, same threads, turn by turn.
+"""Ashlar beside llama.cpp and vLLM: same files, same machine, same threads, turn by turn.
 
     compare.py build            llama.cpp's tools, once, into the cache
     compare.py models           the files both engines read, once, into the cache
     compare.py engine           llama-bench and llama-batched-bench against `ashlar bench engine`
     compare.py serve            llama-server against `ashlar serve`, loaded by `ashlar bench serve`
     compare.py all              the four in order
+    compare.py vllm             vLLM's CPU build against `ashlar bench engine`, in bf16 (6 GB, once)
 
 What may not happen here: one engine measured with settings or files the other
 did not have, a figure without its samples and what others used the machine for
@@ -40,6 +41,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("ASHLAR_CACHE") or Path.home() / ".cache/ashlar")
 PEER = CACHE / "peers/llama.cpp"
+VLLM = CACHE / "peers/vllm"
 TOOLS = ["llama-bench", "llama-batched-bench", "llama-quantize", "llama-server"]
 MODELS = CACHE / "models"
 STEM = "SmolLM2-135M-Instruct"
@@ -177,6 +179,96 @@ def models(programs):
         command = [programs / "llama-quantize", "--allow-requantize", source, scratch, kind]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         scratch.rename(path)
+
+
+# --- vLLM --------------------------------------------------------------------
+
+
+def vllm(args):
+    """vLLM's Python and the model in the layout it reads, both made if they are
+    not there; where it cannot run, the reason as text."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return f"its wheels are pinned for Linux on x86_64, not {platform.system()} on {platform.machine()}"
+    if "avx2" not in features():
+        return "its kernels need AVX2"
+    home, pins = VLLM, ROOT / "benches/peers/vllm.txt"
+    python, stamp = home / "bin/python", home / "installed.txt"
+    if not stamp.is_file() or stamp.read_text() != pins.read_text():
+        say("installing vLLM's CPU build (6 GB, once)")
+        subprocess.run([sys.executable, "-m", "venv", home], check=True, stdout=sys.stderr)
+        pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:", "-r", pins]
+        if subprocess.run(pip, stdout=sys.stderr).returncode:
+            return "pip could not install what benches/peers/vllm.txt pins"
+        stamp.write_text(pins.read_text())
+    tried = subprocess.run([python, "-c", "from vllm import LLM; from vllm.platforms import current_platform as p; assert p.is_cpu(), p"], capture_output=True, text=True)
+    if tried.returncode:
+        return "it does not import: " + (tried.stderr.strip().splitlines() or ["no reason given"])[-1]
+    folder, source = MODELS / f"{STEM}-bf16", MODELS / f"{STEM}.F16.gguf"
+    if not folder.is_dir():
+        say(f"writing {folder.name}")
+        with tempfile.TemporaryDirectory(dir=MODELS) as scratch:
+            made = Path(scratch) / "model"
+            convert = [python, ROOT / "benches/peers/vllm_bench.py", "convert", source, made]
+            done = subprocess.run(convert, capture_output=True, text=True)
+            if done.returncode:
+                return "converting the model: " + (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            made.rename(folder)
+    return python, folder
+
+
+def vllm_turn(args, python, folder):
+    """One round of vLLM: {test: value}."""
+    # As its documentation asks: a core a thread, Intel's OpenMP, tcmalloc where there is one.
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[: args.threads]))
+    tcmalloc = next(iter(Path("/usr/lib/x86_64-linux-gnu").glob("libtcmalloc_minimal.so.4")), None)
+    preload = [p for p in [python.parent.parent / "lib/libiomp5.so", tcmalloc] if p and p.exists()]
+    settings = {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": 1, "OMP_NUM_THREADS": args.threads,
+                "VLLM_ENABLE_V1_MULTIPROCESSING": 0, "VLLM_NO_USAGE_STATS": 1, "VLLM_LOGGING_LEVEL": "ERROR",
+                "HF_HUB_OFFLINE": 1, "LD_PRELOAD": ":".join(map(str, preload))}
+    command = ["env", *[f"{k}={v}" for k, v in settings.items()], python, ROOT / "benches/peers/vllm_bench.py", "bench", folder]
+    command += ["--prompt", args.prompts, "--batch", ",".join(map(str, args.batches)), "--depth", 128, "--generate", 64]
+    lines, peak = run(args, command)
+    return {**named(lines), "peak_rss": peak}
+
+
+def named(lines):
+    """Medians by the tests' names."""
+    found = {}
+    for line in lines:
+        name = f"tg{line['n_gen']}x{line['n_batch_sequences']}" if line["n_gen"] else f"pp{line['n_prompt']}"
+        found[name] = line["median_ts"]
+    return found
+
+
+def beside_vllm(args):
+    """Rounds of vLLM in bf16, of ours on the F16 file and, for scale, on Q8_0."""
+    peer = vllm(args)
+    if isinstance(peer, str):
+        print(f"\nvLLM skipped: {peer}")
+        return {"skipped": peer}
+    python, folder = peer
+    rounds = {"F16": [], "Q8_0": [], "vllm": []}
+    args.disturbed = 0.0
+    for i in range(args.rounds):
+        say(f"vllm {STEM}: round {i + 1} of {args.rounds}")
+        for kind in ["F16", "Q8_0"]:
+            path, found = MODELS / f"{STEM}.{kind}.gguf", {}
+            found |= named(ours_engine(args, path, args.prompts, 0, 1, 3)[0])
+            for n in args.batches:
+                # The prompts' own lines are of another length than the prompt tests'.
+                lines = ours_engine(args, path, 128, 64, n, 3)[0]
+                found |= named(line for line in lines if line["n_gen"])
+            rounds[kind].append(found)
+        rounds["vllm"].append(vllm_turn(args, python, folder))
+    medians = {engine: {t: statistics.median(r[t] for r in rs) for t in rs[0]} for engine, rs in rounds.items()}
+    print(f"\n{STEM}: tokens a second")
+    print(f"{'test':<12}{'ours F16':>10}{'ours Q8_0':>11}{'vLLM bf16':>11}{'F16/vLLM':>10}{'Q8_0/vLLM':>11}")
+    for test, theirs in medians["vllm"].items():
+        if test in medians["F16"]:
+            f16, q8 = medians["F16"][test], medians["Q8_0"][test]
+            print(f"{test:<12}{f16:>10.1f}{q8:>11.1f}{theirs:>11.1f}{f16 / theirs:>10.2f}{q8 / theirs:>11.2f}")
+    print(f"vLLM's memory at its peak: {medians['vllm']['peak_rss'] / 2**20:.0f} MiB", flush=True)
+    return {"others_cpu_share": args.disturbed, "medians": medians, "samples": rounds}
 
 
 # --- running and measuring ---------------------------------------------------
@@ -426,7 +518,7 @@ def machine(args):
 
 def main():
     p = argparse.ArgumentParser(description="Ashlar beside llama.cpp, turn by turn.")
-    p.add_argument("what", choices=["build", "models", "engine", "serve", "all"])
+    p.add_argument("what", choices=["build", "models", "engine", "serve", "all", "vllm"])
     target = Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target")
     p.add_argument("--ashlar", type=Path, default=target / "release/ashlar", help="the binary to measure")
     p.add_argument("--types", default=",".join(TYPES), type=lambda s: [t for t in s.split(",") if t], help="files to measure")
@@ -436,13 +528,15 @@ def main():
     p.add_argument("--threads", type=int, default=processors())
     p.add_argument("--prompts", default="512,2048", help="prompt lengths of the engine comparison")
     p.add_argument("--long", action="store_true", help="a prompt of 8192 tokens too")
-    p.add_argument("--batches", default="16,32", type=lambda s: [int(n) for n in s.split(",") if n])
+    p.add_argument("--batches", default=None, type=lambda s: [int(n) for n in s.split(",") if n])
     p.add_argument("--requests", type=int, default=64, help="of the serving comparison, each round")
     p.add_argument("--others", type=float, default=0.05, help="share of the processors that other programs may use during a run")
     p.add_argument("--wait", type=float, default=60, help="seconds to wait for others to leave the machine alone, each run")
     p.add_argument("--tries", type=int, default=5, help="times a disturbed run is taken anew")
     p.add_argument("--out", type=Path, default=target / "peers-bench.json", help="where the JSON goes")
     args = p.parse_args()
+    if args.batches is None:
+        args.batches = [1, 8, 16, 32] if args.what == "vllm" else [16, 32]
     if args.long:
         args.prompts += ",8192"
     if args.what == "serve" or args.what == "all":
@@ -462,7 +556,10 @@ def main():
         results["engine"] = compare(args, "engine", ours, theirs)
     if args.what in ["serve", "all"]:
         results["serve"] = compare(args, "serve", ours_served, theirs_served)
-    if args.what in ["engine", "serve", "all"]:
+    if args.what == "vllm":
+        results["peer"] = (ROOT / "benches/peers/vllm.txt").read_text().split("vllm-cpu==")[1].split()[0]
+        results["vllm"] = beside_vllm(args)
+    if args.what in ["engine", "serve", "all", "vllm"]:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(results, indent=1) + "\n")
         say(f"\nwritten to {args.out}")
