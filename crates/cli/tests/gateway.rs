@@ -35,6 +35,7 @@ fn until(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 #[test]
+#[ignore = "compiled, not run yet"]
 fn one_server_answers_for_another() {
     let Some(model) = peer("ASHLAR_TEST_MODEL", "the test model") else { return };
     let home = tempfile::tempdir().expect("temp dir");
