@@ -107,7 +107,7 @@ fn alphabet(byte: u8) -> char {
 
 const CORPUS: &str = "the cat sat on the mat, didn't it? 12 cats, 1234 mats; fn main() { let x = 10; }\n\n    return x;\n\
     Übergröße naïve café 日本語 日本 한국어 👩‍👩‍👧 👧 I'll we've THEY'RE she'd   and    more\t\ttabs === <<>> !!! ... --- ___ \
-    hello hello hello world aaaa aaaaaaaa hahaha hahahaha    \r\n\r\n $x+y~z|w^ 100 000 1000000";
+    'ſame ſame ſame ſa ſa hello hello hello world aaaa aaaaaaaa hahaha hahahaha    \r\n\r\n $x+y~z|w^ 100 000 1000000";
 
 /// Pairs joined most often in the corpus, first to last.
 fn train(unit: impl Fn(&str) -> Vec<String>, words: &[&str], merges: usize) -> Vec<(String, String)> {
