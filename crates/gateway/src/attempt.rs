@@ -267,12 +267,7 @@ impl Attempts<'_> {
                     Err(UpstreamError::Local(ApiError::internal("the backend ended without finishing")))
                 })?;
                 let now = Instant::now();
-                let token = match &piece {
-                    Piece::Started { .. } => false,
-                    Piece::Text(_) => true,
-                    Piece::Chunk(chunk) => chunk.gains > 0,
-                    Piece::Done(_) => true,
-                };
+                let token = piece.gains() || matches!(piece, Piece::Done(_));
                 ready.push_back((piece, now));
                 if token {
                     flight.first_token(now);

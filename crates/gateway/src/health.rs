@@ -193,8 +193,8 @@ impl Health {
         });
     }
 
-    /// What a probe found. One that goes well also ends an open circuit's pause:
-    /// the next request is a trial.
+    /// What a probe found. One that goes well does not end an open circuit's pause:
+    /// requests failed where probes may not.
     pub(crate) fn probed(&self, result: Result<(), &UpstreamError>, now: Instant) {
         self.with(|s| match result {
             Ok(()) => {

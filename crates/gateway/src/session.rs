@@ -144,23 +144,17 @@ impl Session {
 
     async fn note(&mut self, piece: &Piece, at: std::time::Instant) {
         self.recorder.note(piece, at).await;
-        let token = match piece {
-            Piece::Text(_) => true,
-            Piece::Chunk(chunk) => chunk.gains > 0,
-            Piece::Started { .. } => false,
-            Piece::Done(end) => {
-                if let Some(target) = &self.target {
-                    target.load.answered(end.tokens.completion());
-                    target.node.health.success();
-                }
-                if let Some((canary, drawn)) = self.canary.as_ref().filter(|_| self.recorder.refused()) {
-                    canary.seen(*drawn, Seen::Refused);
-                }
-                (self.pieces, self.flight) = (None, None);
-                false
+        if let Piece::Done(end) = piece {
+            if let Some(target) = &self.target {
+                target.load.answered(end.tokens.completion());
+                target.node.health.success();
             }
-        };
-        if token {
+            if let Some((canary, drawn)) = self.canary.as_ref().filter(|_| self.recorder.refused()) {
+                canary.seen(*drawn, Seen::Refused);
+            }
+            (self.pieces, self.flight) = (None, None);
+        }
+        if piece.gains() {
             match (self.last, &self.target, &mut self.flight) {
                 (Some(last), Some(target), _) => {
                     target.load.gap(at.saturating_duration_since(last).as_secs_f64(), at);

@@ -21,7 +21,7 @@ pub(crate) use prefix::PrefixIndex;
 pub(crate) use rules::Rule;
 
 use crate::{app::Prices, ask::Ask, config::Policy, node::Node};
-use ashlar_api::ApiError;
+use ashlar_api::{ApiError, Usage};
 use std::{
     cmp::Ordering,
     hash::{BuildHasher as _, RandomState},
@@ -91,8 +91,7 @@ pub(crate) fn random() -> f64 {
 impl Target {
     /// Money for `ask` when its answer has `tokens`; `None` without a price.
     fn cost(&self, ask: &Ask, tokens: u32) -> Option<f64> {
-        let price = self.price?;
-        Some((f64::from(ask.prompt_estimate()) * price.input + f64::from(tokens) * price.output) / 1000.0)
+        Some(self.price?.cost(&Usage::new(ask.prompt_estimate(), 0, tokens)))
     }
 }
 

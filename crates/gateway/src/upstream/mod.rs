@@ -49,6 +49,17 @@ pub(crate) enum Piece {
     Done(End),
 }
 
+impl Piece {
+    /// Whether it brings a token, or more.
+    pub(crate) fn gains(&self) -> bool {
+        match self {
+            Self::Text(_) => true,
+            Self::Chunk(chunk) => chunk.gains > 0,
+            Self::Started { .. } | Self::Done(_) => false,
+        }
+    }
+}
+
 /// An object of OpenAI's protocol that a server sent.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Chunk {

@@ -1,5 +1,7 @@
 //! The `Retry-After` header: seconds, or a date (RFC 9110, 10.2.3).
 
+use ashlar_core::clock;
+
 /// Longest wait that is believed; a clock that is off must not close a backend
 /// for years.
 const MOST: u32 = 3600;
@@ -25,16 +27,10 @@ fn imf_fixdate(text: &str) -> Option<i64> {
     let name = words.next()?;
     let month = i64::try_from(MONTHS.iter().position(|m| *m == name)?).ok()? + 1;
     let year: i64 = words.next()?.parse().ok().filter(|y| (1970..=9999).contains(y))?;
-    let mut clock = words.next()?.split(':').map(|n| n.parse::<i64>().ok().filter(|n| (0..=60).contains(n)));
-    let (h, m, s) = (clock.next()??, clock.next()??, clock.next()??);
+    let mut time = words.next()?.split(':').map(|n| n.parse::<i64>().ok().filter(|n| (0..=60).contains(n)));
+    let (h, m, s) = (time.next()??, time.next()??, time.next()??);
     (words.next() == Some("GMT")).then_some(())?;
-    // Howard Hinnant's `days_from_civil`.
-    let y = year - i64::from(month <= 2);
-    let era = y.div_euclid(400);
-    let yoe = y - era * 400;
-    let doy = (153 * (month + if month > 2 { -3 } else { 9 }) + 2) / 5 + day - 1;
-    let days = era * 146_097 + yoe * 365 + yoe / 4 - yoe / 100 + doy - 719_468;
-    Some(days * 86_400 + h * 3600 + m * 60 + s)
+    Some(clock::days(year, month, day) * 86_400 + h * 3600 + m * 60 + s)
 }
 
 #[cfg(test)]

@@ -193,10 +193,7 @@ impl Accounts {
         };
         let access = super::Access::new(key, team.first().map(|row| team_of(row)).transpose()?);
         let mut bounds = access.bounds.clone();
-        for (owner, limits) in access.per_user.iter().filter(|_| user.is_some()) {
-            let owner = format!("{owner}/user:{}", user.unwrap_or_default());
-            bounds.extend(limits.iter().map(|l| Bound::new(Scope::User, &owner, l)));
-        }
+        bounds.extend(user.into_iter().flat_map(|user| access.user_bounds(user)));
         let now = clock::now_ms();
         let cells: Vec<(&str, i64)> = bounds.iter().map(|b| (&*b.id, b.limit.window.start(now))).collect();
         let sql = "SELECT CAST(ROW_OF(c.limit_id, c.spent, c.claimed) AS TEXT) FROM EACH($1) AS e \

@@ -173,20 +173,22 @@ pub enum Denied {
 
 impl KeySettings {
     pub(super) fn check(&self) -> Result<(), AccountError> {
-        check_name(&self.name)?;
-        check_models(&self.models)?;
-        limit::check("limits", &self.limits)?;
-        limit::check("user_limits", &self.user_limits)
+        check(&self.name, &self.models, &self.limits, &self.user_limits)
     }
 }
 
 impl TeamSettings {
     pub(super) fn check(&self) -> Result<(), AccountError> {
-        check_name(&self.name)?;
-        check_models(&self.models)?;
-        limit::check("limits", &self.limits)?;
-        limit::check("user_limits", &self.user_limits)
+        check(&self.name, &self.models, &self.limits, &self.user_limits)
     }
+}
+
+/// What keys and teams have in common.
+fn check(name: &str, models: &[String], limits: &[Limit], user_limits: &[Limit]) -> Result<(), AccountError> {
+    check_name(name)?;
+    check_models(models)?;
+    limit::check("limits", limits)?;
+    limit::check("user_limits", user_limits)
 }
 
 fn check_name(name: &str) -> Result<(), AccountError> {
@@ -209,12 +211,16 @@ fn check_models(models: &[String]) -> Result<(), AccountError> {
     Ok(())
 }
 
-fn fits(models: &[String], model: &str) -> bool {
-    let one = |pattern: &String| match pattern.strip_suffix('*') {
+/// Whether `pattern`, a name or the beginning of one and a final `*`, means `model`.
+pub(super) fn means(pattern: &str, model: &str) -> bool {
+    match pattern.strip_suffix('*') {
         Some(start) => model.starts_with(start),
         None => pattern == model,
-    };
-    models.is_empty() || models.iter().any(one)
+    }
+}
+
+fn fits(models: &[String], model: &str) -> bool {
+    models.is_empty() || models.iter().any(|pattern| means(pattern, model))
 }
 
 /// A key with its team, ready for requests.
@@ -224,7 +230,7 @@ pub struct Access {
     team: Option<Team>,
     pub(super) bounds: Vec<Bound>,
     /// Owner and limits of what each end user may use.
-    pub(super) per_user: Vec<(String, Vec<Limit>)>,
+    per_user: Vec<(String, Vec<Limit>)>,
     pub(super) tags: BTreeMap<String, String>,
 }
 
@@ -260,6 +266,14 @@ impl Access {
     /// The tags of key and team.
     pub fn tags(&self) -> &BTreeMap<String, String> {
         &self.tags
+    }
+
+    /// What the end user of this hash may use.
+    pub(super) fn user_bounds(&self, user: &str) -> impl Iterator<Item = Bound> {
+        self.per_user.iter().flat_map(move |(owner, limits)| {
+            let owner = format!("{owner}/user:{user}");
+            limits.iter().map(move |limit| Bound::new(Scope::User, &owner, limit))
+        })
     }
 
     /// Whether it may ask for `model`.

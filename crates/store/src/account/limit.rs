@@ -43,6 +43,11 @@ pub struct Limit {
     pub currency: Option<String>,
 }
 
+/// Whether `code` has the form of ISO 4217's.
+pub(super) fn is_currency(code: &str) -> bool {
+    code.len() == 3 && code.bytes().all(|b| b.is_ascii_uppercase())
+}
+
 /// Refuses limits that contradict themselves or each other; `of` names them.
 pub(super) fn check(of: &str, limits: &[Limit]) -> Result<(), AccountError> {
     let wrong = |i: usize, why: String| Err(AccountError::Setting { field: format!("{of}[{i}]"), why });
@@ -62,7 +67,7 @@ pub(super) fn check(of: &str, limits: &[Limit]) -> Result<(), AccountError> {
             return wrong(i, "a limit of money, and no other, has a currency".into());
         }
         if let Some(c) = &limit.currency
-            && (c.len() != 3 || !c.bytes().all(|b| b.is_ascii_uppercase()))
+            && !is_currency(c)
         {
             return wrong(i, format!("{c:?} is no currency code such as \"USD\""));
         }

@@ -24,7 +24,7 @@
 //! whole request is unknown, and says why. A backend with a `machine` rate is
 //! priced by the machine's time alone: each request by its measured share.
 
-use super::AccountError;
+use super::{AccountError, key::means, limit::is_currency};
 use ashlar_core::{Decimal, Rate, clock};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -211,7 +211,7 @@ impl PriceList {
         if file.version.trim().is_empty() {
             return Err(wrong("version", "is empty: usage rows are recorded with it"));
         }
-        if file.currency.len() != 3 || !file.currency.bytes().all(|b| b.is_ascii_uppercase()) {
+        if !is_currency(&file.currency) {
             return Err(wrong("currency", format!("{:?} is no currency code such as \"USD\"", file.currency)));
         }
         let prices = file.price.iter().enumerate().map(|(i, e)| price(&format!("price[{i}]"), e));
@@ -304,11 +304,7 @@ impl PriceList {
 
 impl Price {
     fn fits(&self, model: &str, backend: &str, at_ms: i64) -> bool {
-        let named = match self.model.strip_suffix('*') {
-            Some(start) => model.starts_with(start),
-            None => self.model == model,
-        };
-        named && self.backend.as_ref().is_none_or(|b| b == backend) && self.span.holds(at_ms)
+        means(&self.model, model) && self.backend.as_ref().is_none_or(|b| b == backend) && self.span.holds(at_ms)
     }
 }
 

@@ -8,7 +8,7 @@
 //! reservation, and one that is dropped settles by its drop, as cancelled.
 
 use super::{
-    AccountError, Accounts, Access, Bound, Limit, Measure, ReserveError, Scope, Shared,
+    AccountError, Accounts, Access, Bound, Limit, Measure, ReserveError, Shared,
     cells::{Answer, Need},
     db,
     price::{Cost, PriceList, Tokens},
@@ -439,10 +439,8 @@ fn needs(request: &Request, cost: &Cost, at_ms: i64) -> Result<Vec<Need>, Reserv
         add(bound.clone())?;
     }
     if let Some(user) = &request.end_user {
-        for (owner, limits) in &access.per_user {
-            for limit in limits {
-                add(Bound::new(Scope::User, &format!("{owner}/user:{user}"), limit))?;
-            }
+        for bound in access.user_bounds(user) {
+            add(bound)?;
         }
     }
     Ok(needs)

@@ -14,6 +14,7 @@ use super::{
     db::{self, Database, Db, Tx},
     reserve::Open,
     usage,
+    writer::{CounterRow, put_counters},
 };
 use crate::lock::{self, Lock};
 use ashlar_core::{Decimal, clock};
@@ -110,10 +111,7 @@ async fn fold(tx: &mut Tx, replica: &str, left: &[Open]) -> Result<(), AccountEr
             cell.1 += amount.picos();
         }
     }
-    let rows: Vec<_> = spent.into_iter().map(|((id, start), (end, n))| (id, start, end, Decimal::from_picos(n))).collect();
-    let sql = "INSERT INTO counter (limit_id, start_ms, end_ms, replica, spent, claimed) \
-               SELECT e.value->>0, CAST(e.value->>1 AS BIGINT), CAST(e.value->>2 AS BIGINT), '', e.value->>3, e.value->>3 \
-               FROM EACH($1) AS e WHERE 1 = 1 ON CONFLICT (limit_id, start_ms, replica) \
-               DO UPDATE SET spent = excluded.spent, claimed = excluded.claimed";
-    tx.execute(sql, &[&db::batch(&rows)?]).await.map(drop)
+    let row = |((id, start), (end, n))| (id, start, end, Decimal::from_picos(n), Decimal::from_picos(n));
+    let rows: Vec<CounterRow> = spent.into_iter().map(row).collect();
+    put_counters(tx, "", &rows).await
 }

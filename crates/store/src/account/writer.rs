@@ -382,14 +382,7 @@ impl Writer {
             };
             dirty.chain(grants.iter().cloned()).filter_map(row).collect()
         };
-        if rows.is_empty() {
-            return Ok(());
-        }
-        let sql = "INSERT INTO counter (limit_id, start_ms, end_ms, replica, spent, claimed) \
-                   SELECT e.value->>0, CAST(e.value->>1 AS BIGINT), CAST(e.value->>2 AS BIGINT), $2, e.value->>3, e.value->>4 \
-                   FROM EACH($1) AS e WHERE 1 = 1 ON CONFLICT (limit_id, start_ms, replica) \
-                   DO UPDATE SET spent = excluded.spent, claimed = excluded.claimed";
-        tx.execute(sql, &[&db::batch(&rows)?, &self.member.id]).await.map(drop)
+        put_counters(tx, &self.member.id, &rows).await
     }
 
     /// Takes a new lease after others have taken the last one for dead. What was
@@ -438,7 +431,19 @@ impl Writer {
 }
 
 /// Limit, start and end of the window, spent, claimed.
-type CounterRow = (Arc<str>, i64, Option<i64>, Decimal, Decimal);
+pub(super) type CounterRow = (Arc<str>, i64, Option<i64>, Decimal, Decimal);
+
+/// Writes what `replica` has spent and claimed: these numbers, whatever was there.
+pub(super) async fn put_counters(tx: &mut Tx, replica: &str, rows: &[CounterRow]) -> Result<(), AccountError> {
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let sql = "INSERT INTO counter (limit_id, start_ms, end_ms, replica, spent, claimed) \
+               SELECT e.value->>0, CAST(e.value->>1 AS BIGINT), CAST(e.value->>2 AS BIGINT), $2, e.value->>3, e.value->>4 \
+               FROM EACH($1) AS e WHERE 1 = 1 ON CONFLICT (limit_id, start_ms, replica) \
+               DO UPDATE SET spent = excluded.spent, claimed = excluded.claimed";
+    tx.execute(sql, &[&db::batch(rows)?, replica]).await.map(drop)
+}
 
 /// What became of an [`Ask`].
 enum Verdict {
