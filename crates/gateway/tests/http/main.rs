@@ -116,6 +116,21 @@ async fn a_client_that_leaves_settles_once_as_cancelled() {
     server.stop().await;
 }
 
+/// The backend is asked before the store has acknowledged the admission.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_of_an_answer_leaves_that_the_ledger_did_not_admit() {
+    let server = Server::start().await;
+    assert_eq!(server.chat("good morning", true).await.status, 200);
+    server.store.clone().close().await;
+    for stream in [false, true] {
+        let reply = server.chat("good morning", stream).await;
+        assert_eq!(reply.status, 503, "{reply:?}");
+        assert!(reply.body.contains("the ledger did not take the request"), "{reply:?}");
+        assert!(!reply.body.contains("You said"), "{reply:?}");
+    }
+    server.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn failures_are_settled_as_errors() {
     let server = Server::with(|c| c.request_timeout = Duration::from_millis(300)).await;
