@@ -20,7 +20,7 @@
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
-use crate::{Isa, Pool, isa::tiered, ops, packed::Bytes, pool::SendPtr};
+use crate::{Isa, Pool, isa::tiered, memory::Bytes, ops, pool::SendPtr};
 use half::{bf16, f16};
 use std::{cell::RefCell, ops::Range};
 

@@ -10,6 +10,7 @@ mod attention;
 mod error;
 mod isa;
 mod matmul;
+mod memory;
 mod ops;
 mod packed;
 mod pool;
@@ -20,6 +21,7 @@ pub use attention::{AttentionSpec, KvLayer, KvLayout, KvType, attention};
 pub use error::KernelError;
 pub use isa::Isa;
 pub use matmul::{matmul, matmul_bytes, matmul_many};
+pub use memory::held_bytes;
 pub use ops::{
     RopeTable, add, gelu, gelu_tanh, gelu_tanh_mul, layer_norm, rms_norm, rope_halves,
     rope_interleaved, silu_mul, softcap, softmax,

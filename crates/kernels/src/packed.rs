@@ -27,13 +27,11 @@
 //! that exactly, whatever the file has them as.
 //! What may not happen here: rounding a scale to make two kinds one.
 
-use crate::{KernelError, Pool, quants};
+use crate::{KernelError, Pool, memory::Bytes, quants};
 use ashlar_core::DType;
 use half::{bf16, f16};
 use std::{
-    alloc::Layout,
     cell::RefCell,
-    ptr::NonNull,
     sync::{Mutex, PoisonError},
 };
 
@@ -250,67 +248,6 @@ impl Kind {
     }
 }
 
-/// Bytes that begin at a cache line. Zeroed memory comes from the system page by
-/// page as it is first touched: the allocator is asked for no alignment beyond its
-/// own, since for more it writes the zeros itself.
-pub(crate) struct Bytes {
-    /// What the allocator gave, `LINE` bytes more than `len`.
-    base: NonNull<u8>,
-    len: usize,
-}
-
-const LINE: usize = 64;
-
-// SAFETY: it owns its memory, as a boxed slice does.
-unsafe impl Send for Bytes {}
-// SAFETY: shared access only reads.
-unsafe impl Sync for Bytes {}
-
-impl Bytes {
-    pub(crate) fn zeroed(len: usize) -> Self {
-        let layout = Self::layout(len);
-        // SAFETY: the layout is not empty.
-        let base = unsafe { std::alloc::alloc_zeroed(layout) };
-        let base = NonNull::new(base).unwrap_or_else(|| std::alloc::handle_alloc_error(layout));
-        Self { base, len }
-    }
-
-    fn layout(len: usize) -> Layout {
-        // A length that no machine has: as for a vector, there is no going on.
-        let whole = len.checked_add(LINE).and_then(|len| Layout::from_size_align(len, 16).ok());
-        whole.unwrap_or_else(|| panic!("{len} bytes"))
-    }
-
-    /// The first byte at a cache line.
-    fn at(&self) -> *mut u8 {
-        let base = self.base.as_ptr();
-        base.wrapping_add(base.addr().next_multiple_of(LINE) - base.addr())
-    }
-}
-
-impl Drop for Bytes {
-    fn drop(&mut self) {
-        // SAFETY: allocated with this layout.
-        unsafe { std::alloc::dealloc(self.base.as_ptr(), Self::layout(self.len)) };
-    }
-}
-
-impl std::ops::Deref for Bytes {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        // SAFETY: `len` bytes from the line on are ours and initialized.
-        unsafe { std::slice::from_raw_parts(self.at(), self.len) }
-    }
-}
-
-impl std::ops::DerefMut for Bytes {
-    fn deref_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and borrowed mutably.
-        unsafe { std::slice::from_raw_parts_mut(self.at(), self.len) }
-    }
-}
-
 /// A weight matrix of n rows and k columns, packed for [`crate::matmul`].
 pub struct PackedMatrix {
     n: usize,
@@ -374,7 +311,7 @@ impl PackedMatrix {
             return Err(KernelError::Length { dtype, values, expected, got: bytes.len() });
         }
         let (kind, size) = packable(dtype, k)?;
-        let mut data = Bytes::zeroed(n.div_ceil(GROUP) * size);
+        let mut data = Bytes::weights(n.div_ceil(GROUP) * size);
         pool.chunks_mut(&mut data, size, |g, dst| {
             let from = g * GROUP * row;
             pack_group(dtype, kind, k, &bytes[from..bytes.len().min(from + GROUP * row)], dst);
@@ -397,7 +334,7 @@ impl PackedMatrix {
     ) -> Result<Self, E> {
         let row = row_bytes(dtype, k)?;
         let (kind, size) = packable(dtype, k)?;
-        let mut data = Bytes::zeroed(n.div_ceil(GROUP) * size);
+        let mut data = Bytes::weights(n.div_ceil(GROUP) * size);
         let pack = |_, src: &[u8], dst: &mut [u8]| {
             pack_group(dtype, kind, k, src, dst);
             Ok(())
@@ -432,7 +369,7 @@ impl PackedMatrix {
             _ => len.min(k.max(1)),
         };
         let size = kind.group_bytes(k, run);
-        let mut data = Bytes::zeroed(n.div_ceil(GROUP) * size);
+        let mut data = Bytes::weights(n.div_ceil(GROUP) * size);
         let per_row = k.div_ceil(len);
         let pack = |first: usize, src: &[u8], dst: &mut [u8]| {
             for (col, src) in src.chunks_exact(k.max(1)).enumerate() {
@@ -862,25 +799,5 @@ fn pack_codes(f: Format, codes: &[u8], col: usize, dst: &mut [u8]) {
                 dst[256 + p * 64 + step * 8 + col / 2] |= (four as u8) << (col % 2 * 4);
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A cache fitted to all free memory once took seconds to write its zeros.
-    #[test]
-    #[cfg(target_os = "linux")]
-    fn zeroed_memory_is_not_touched() {
-        let resident = || {
-            let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
-            pages.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 4096
-        };
-        let before = resident();
-        let mut bytes = Bytes::zeroed(1 << 30);
-        bytes[1 << 29] = 1;
-        assert!(resident() < before + (256 << 20), "{} bytes", resident() - before);
-        assert_eq!((bytes.as_ptr().addr() % LINE, bytes[0], bytes[(1 << 30) - 1]), (0, 0, 0));
     }
 }

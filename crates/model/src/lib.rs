@@ -21,7 +21,7 @@ mod source;
 mod weights;
 
 pub use ashlar_formats as formats;
-pub use ashlar_kernels::{KvType, Pool};
+pub use ashlar_kernels::{KvType, Pool, held_bytes};
 pub use cache::KvCache;
 pub use config::{Activation, Config, Experts, Order, QkNorm};
 pub use encoder::{Encoder, Pooling};

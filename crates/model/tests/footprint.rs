@@ -4,13 +4,18 @@
 mod common;
 
 use common::file;
-use ashlar_model::{BLOCK, Item, KvCache, KvType, Model, Pool, Want, Workspace, tables_bytes, workspace_bytes};
+use ashlar_model::{BLOCK, Item, KvCache, KvType, Model, Pool, Want, Workspace, held_bytes, tables_bytes, workspace_bytes};
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     sync::atomic::{AtomicUsize, Ordering},
 };
 
 struct Counting;
+
+/// What the allocator has given and what the kernels took beside it.
+fn live() -> usize {
+    LIVE.load(Ordering::Relaxed) + held_bytes()
+}
 
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 
@@ -40,7 +45,7 @@ fn kept(model: &Model, cache: &mut KvCache, steps: &[usize], wanted: usize) -> u
     // On a thread of its own: what a kernel keeps for its thread goes with it.
     std::thread::scope(|scope| {
         let work = move || {
-            let before = LIVE.load(Ordering::Relaxed);
+            let before = live();
             let mut ws = Workspace::default();
             for &rows in steps {
                 let wanted = wanted.min(rows);
@@ -51,7 +56,7 @@ fn kept(model: &Model, cache: &mut KvCache, steps: &[usize], wanted: usize) -> u
                 ];
                 model.forward(&items, cache, &mut ws).unwrap();
             }
-            LIVE.load(Ordering::Relaxed) - before
+            live() - before
         };
         scope.spawn(work).join().unwrap()
     })
@@ -61,17 +66,17 @@ fn kept(model: &Model, cache: &mut KvCache, steps: &[usize], wanted: usize) -> u
 fn a_step_takes_what_was_predicted() {
     let Some(path) = file() else { return };
     // One thread, so that no other allocates beside the counted one.
-    let before = LIVE.load(Ordering::Relaxed);
+    let before = live();
     let model = Model::load_with(&path, Pool::new(1)).unwrap();
-    let got = LIVE.load(Ordering::Relaxed) - before;
+    let got = live() - before;
     let want = model.bytes() + tables_bytes(model.config());
     eprintln!("model: {got} bytes, {want} predicted");
     // Angles come as positions are used.
     let least = want - 4 * model.config().context * model.config().head_dim;
     assert!(got >= least && got < want + want / 100, "model: {got} bytes, {want} predicted");
-    let before = LIVE.load(Ordering::Relaxed);
+    let before = live();
     let mut cache = KvCache::new(model.config(), 16);
-    let cached = LIVE.load(Ordering::Relaxed) - before;
+    let cached = live() - before;
     let blocks = 16 * KvCache::block_bytes(model.config(), KvType::F16);
     assert!(cached >= blocks && cached < blocks + 4096, "{cached} bytes for {blocks}");
     // Angles of these positions are made, and are not a step's.

@@ -31,7 +31,7 @@ use super::{
     by_format, check_plain, check_quantized,
 };
 use crate::{Pool, pool::SendPtr};
-use crate::packed::{BLOCK, Bytes, FORMATS, GROUP, Kind};
+use crate::{memory::Bytes, packed::{BLOCK, FORMATS, GROUP, Kind}};
 use std::{arch::asm, arch::x86_64::*, cell::RefCell, ops::Range};
 
 /// Rows of a tile.

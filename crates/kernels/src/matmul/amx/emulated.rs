@@ -83,7 +83,9 @@ unsafe fn execute(tiles: &mut Tiles, at: *const u8, registers: &[i64; 23]) -> us
             return 5;
         }
         (0x49, 0, _) => {
+            // SAFETY: the instruction that was trapped, and its registers.
             let (address, length) = unsafe { address(at, registers) };
+            // SAFETY: the program has its 64 bytes there, or the processor would trap.
             unsafe { tiles.configure(address) };
             return length;
         }
@@ -95,12 +97,15 @@ unsafe fn execute(tiles: &mut Tiles, at: *const u8, registers: &[i64; 23]) -> us
     match (operation, prefix, mode) {
         (0x49, 3, 3) => tiles.data[reg] = [0; 1024],
         (0x4b, 2 | 3, 0..3) => {
+            // SAFETY: the instruction that was trapped, and its registers.
             let (start, length) = unsafe { address(at, registers) };
+            // SAFETY: as above.
             let stride = unsafe { index(at, registers) };
             for row in 0..tiles.rows[reg] {
                 let tile = tiles.data[reg][row * 64..].as_mut_ptr();
                 let memory = start.wrapping_add(row * stride);
                 let (from, to) = if prefix == 3 { (memory.cast_const(), tile) } else { (tile.cast_const(), memory) };
+                // SAFETY: the program has the tile's rows there, as for the processor.
                 unsafe { std::ptr::copy(from, to, tiles.width[reg]) };
             }
             if prefix == 3 {
