@@ -19,7 +19,7 @@ pub(crate) fn cores() -> usize {
 }
 
 /// Free bytes on the file system that holds `path` or its nearest parent.
-fn free_bytes(path: &Path) -> Option<u64> {
+pub(crate) fn free_bytes(path: &Path) -> Option<u64> {
     let existing = path.ancestors().find(|p| p.exists())?;
     let c = std::ffi::CString::new(existing.as_os_str().as_encoded_bytes()).ok()?;
     // SAFETY: statvfs is plain data, for which all-zero is a valid value.

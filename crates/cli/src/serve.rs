@@ -1,9 +1,9 @@
 //! Serving a release or a file through the gateway, and asking it.
 
-use crate::{out, trace::Overlaps};
+use crate::{doctor, out, trace::Overlaps};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use ashlar_api::Backend;
-use ashlar_engine::{EngineConfig, KvType, LocalBackend, MemoryPlan};
+use ashlar_engine::{EngineConfig, KvType, LocalBackend, MemoryPlan, PackedCache};
 use ashlar_gateway::{Config, Dialect, GatewayState, Served};
 use ashlar_store::{ReleaseRow, Store};
 use serde_json::{Value, json};
@@ -29,6 +29,9 @@ pub(crate) struct EngineArgs {
     /// Requests computed together [default: 16].
     #[arg(long, value_name = "N")]
     max_batch: Option<usize>,
+    /// Pack the weights anew, and keep no packed form of them in the cache folder.
+    #[arg(long)]
+    no_packed_cache: bool,
     #[command(flatten)]
     template: TemplateArg,
 }
@@ -64,6 +67,12 @@ impl EngineArgs {
             ..default
         }
     }
+}
+
+/// Packed weights of earlier starts, in at most a quarter of what the disk has free.
+fn packed_cache() -> PackedCache {
+    let folder = doctor::cache_dir().join("packed");
+    PackedCache::new(&folder, doctor::free_bytes(&folder).unwrap_or(0) / 4)
 }
 
 /// A running server.
@@ -136,7 +145,8 @@ async fn open(store: &Store, model: &str, engine: &EngineArgs) -> Result<Engine>
             text.with_context(|| format!("cannot read the chat template {}", file.display()))
         };
         let template = engine.template.chat_template.as_ref().map(read).transpose()?;
-        move || LocalBackend::open(&name, &path, template.as_deref(), config)
+        let cache = (!engine.no_packed_cache).then(packed_cache);
+        move || LocalBackend::open(&name, &path, template.as_deref(), cache.as_ref(), config)
     })
     .await??;
     let name = backend.models().first().map_or(name, |m| m.id.clone());

@@ -528,7 +528,7 @@ impl Up {
     }
 
     fn backend(&self, name: &str, model: &Digest) -> Result<LocalBackend> {
-        LocalBackend::open(name, &self.file(model)?, None, EngineConfig::default())
+        LocalBackend::open(name, &self.file(model)?, None, None, EngineConfig::default())
             .with_context(|| format!("opening model {}", model.short()))
     }
 

@@ -162,7 +162,7 @@ fn the_official_client_and_a_browser_are_served() {
 #[test]
 fn batching_does_not_change_an_answer() {
     let Some(base) = peer("ASHLAR_TEST_MODEL", "the test model") else { return };
-    let backend = LocalBackend::open("base", &base, None, EngineConfig::default()).expect("opens");
+    let backend = LocalBackend::open("base", &base, None, None, EngineConfig::default()).expect("opens");
     let ask = |q: &str| {
         let mut request = ashlar_api::ChatRequest::new("base", vec![ashlar_api::ChatMessage::user(q)]);
         (request.temperature, request.max_tokens) = (Some(0.0), Some(16));

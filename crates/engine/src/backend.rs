@@ -16,7 +16,7 @@ use ashlar_api::{
     Prompt, Sampling, Score,
 };
 use ashlar_core::{Digest, Fault, Hint, clock};
-use ashlar_model::{GgufFile, KvCache, KvType, Model, Pool, Workspace, tensor_sizes};
+use ashlar_model::{GgufFile, KvCache, KvType, Model, PackedCache, Pool, Workspace, tensor_sizes};
 use ashlar_text::{ChatTemplate, Message, TextError, Tokenizer};
 use futures::Stream;
 use std::{
@@ -133,7 +133,7 @@ impl LocalBackend {
 
     /// Serves the GGUF file at `path` with the tokenizer and template inside
     /// it, or the folder in Hugging Face's layout with those beside the weights;
-    /// `template` is taken instead of theirs.
+    /// `template` is taken instead of theirs, packed weights from `cache`.
     /// Weights are held against free memory before they are read, and files not
     /// looked at after.
     ///
@@ -143,6 +143,7 @@ impl LocalBackend {
         name: &str,
         path: &Path,
         template: Option<&str>,
+        cache: Option<&PackedCache>,
         config: EngineConfig,
     ) -> Result<Self, EngineError> {
         check(&config)?;
@@ -157,13 +158,13 @@ impl LocalBackend {
         if path.is_dir() {
             fits(tensor_sizes(path)?.iter().map(|t| t.bytes).sum())?;
             let (tokenizer, template) = folder(path, template)?;
-            let model = Arc::new(Model::load_with(path, pool)?);
+            let model = Arc::new(Model::load_cached(path, pool, cache)?);
             return Self::new(name, model, tokenizer, template, config);
         }
         let (tokenizer, template, model) = GgufFile::read(path, |file, gguf| {
             fits(file.bytes())?;
             let (tokenizer, template) = vocab(gguf, template)?;
-            Ok::<_, EngineError>((tokenizer, template, Model::from_file(file, gguf, pool)?))
+            Ok::<_, EngineError>((tokenizer, template, Model::from_file(file, gguf, pool, cache)?))
         })??;
         Self::new(name, Arc::new(model), tokenizer, template, config)
     }

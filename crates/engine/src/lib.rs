@@ -25,7 +25,7 @@ mod scheduler;
 mod stop;
 mod vocab;
 
-pub use ashlar_model::KvType;
+pub use ashlar_model::{KvType, PackedCache};
 pub use backend::{EngineConfig, LocalBackend};
 pub use error::EngineError;
 pub use memory::MemorySource;

@@ -68,7 +68,7 @@ fn a_base_model_completes_and_chats_only_with_a_template() {
     std::fs::write(dir.path().join("tokenizer_config.json"), "{}").unwrap();
     let config = EngineConfig { kv_blocks: Some(8), ..EngineConfig::default() };
     let chat = |template: Option<&str>| {
-        let backend = LocalBackend::open("m", dir.path(), template, config).unwrap();
+        let backend = LocalBackend::open("m", dir.path(), template, None, config).unwrap();
         let completion = CompletionRequest { max_tokens: Some(2), ..CompletionRequest::new("m", "hello") };
         assert!(block_on(backend.complete(completion)).is_ok());
         let messages = vec![ChatMessage::user("hello")];
@@ -78,12 +78,12 @@ fn a_base_model_completes_and_chats_only_with_a_template() {
     assert_eq!((refused.status, refused.code.as_deref()), (400, Some("no_chat_template")));
     assert!(refused.message.contains("/v1/completions") && refused.message.contains("--chat-template"));
     assert_eq!(chat(Some("{{ messages[0]['content'] }}")), None);
-    let broken = LocalBackend::open("m", dir.path(), Some("{% for"), config);
+    let broken = LocalBackend::open("m", dir.path(), Some("{% for"), None, config);
     assert!(matches!(broken, Err(EngineError::Text(_))));
 }
 
 fn open(folder: &Path) -> Result<LocalBackend, EngineError> {
-    LocalBackend::open("m", folder, None, EngineConfig { kv_blocks: Some(8), ..EngineConfig::default() })
+    LocalBackend::open("m", folder, None, None, EngineConfig { kv_blocks: Some(8), ..EngineConfig::default() })
 }
 
 #[test]

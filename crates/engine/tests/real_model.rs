@@ -47,7 +47,7 @@ fn model() -> Option<PathBuf> {
 }
 
 fn open(config: EngineConfig) -> Option<LocalBackend> {
-    Some(LocalBackend::open("m", &model()?, None, config).unwrap())
+    Some(LocalBackend::open("m", &model()?, None, None, config).unwrap())
 }
 
 fn ask_for(content: &str, max_tokens: u32) -> ChatRequest {
@@ -339,7 +339,7 @@ fn a_file_cut_short_under_a_server_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let copy = dir.path().join("model.gguf");
     std::fs::copy(path, &copy).unwrap();
-    let b = LocalBackend::open("m", &copy, None, EngineConfig::default()).unwrap();
+    let b = LocalBackend::open("m", &copy, None, None, EngineConfig::default()).unwrap();
     let run = || {
         block_on(async {
             text(b.chat(ask_for("Name a city.", 12)).await.unwrap())
@@ -351,7 +351,7 @@ fn a_file_cut_short_under_a_server_changes_nothing() {
     std::fs::File::create(&copy).unwrap();
     assert_eq!(std::fs::metadata(&copy).unwrap().len(), 0);
     assert_eq!(run(), before);
-    let e = LocalBackend::open("m", &copy, None, EngineConfig::default())
+    let e = LocalBackend::open("m", &copy, None, None, EngineConfig::default())
         .err()
         .unwrap();
     assert!(matches!(e, EngineError::Model(ModelError::Format(_))), "{e}");
@@ -360,7 +360,7 @@ fn a_file_cut_short_under_a_server_changes_nothing() {
 #[test]
 fn memory_is_planned_and_the_plan_is_kept() {
     let Some(path) = model() else { return };
-    let open = |config| LocalBackend::open("m", &path, None, config);
+    let open = |config| LocalBackend::open("m", &path, None, None, config);
     let b = open(EngineConfig::default()).unwrap();
     eprintln!("{}", b.plan());
     assert!(b.plan().total_bytes() <= b.plan().available_bytes.unwrap());

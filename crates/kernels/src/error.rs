@@ -51,6 +51,18 @@ pub enum KernelError {
         /// The row.
         row: usize,
     },
+    /// A packed matrix that cannot be.
+    #[error("no packed matrix of {n} x {k} is of kind {kind} with runs of {run}")]
+    Form {
+        /// Rows.
+        n: usize,
+        /// Columns.
+        k: usize,
+        /// Its number.
+        kind: u8,
+        /// Values that share a scale.
+        run: usize,
+    },
     /// An instruction-set tier that this machine does not have.
     #[error("ASHLAR_ISA is {name}; this machine has {}", available.join(", "))]
     Tier {
@@ -75,6 +87,7 @@ impl Hint for KernelError {
             Self::Runs { .. } | Self::NotANumber { .. } => {
                 "quantize the model again with a current tool, or choose another file".to_owned()
             }
+            Self::Form { .. } => "remove the file of packed weights; it is made anew".to_owned(),
             Self::Tier { .. } => "unset it to use the fastest tier there is".to_owned(),
             Self::Ragged { block, .. } => {
                 format!("rows must be a multiple of {block} values; choose a plain type such as F16")

@@ -8,6 +8,7 @@
 
 mod attention;
 mod error;
+mod form;
 mod isa;
 mod matmul;
 mod memory;
@@ -19,6 +20,7 @@ pub mod sgemm;
 
 pub use attention::{AttentionSpec, KvLayer, KvLayout, KvType, attention};
 pub use error::KernelError;
+pub use form::{Form, LAYOUT, PIECE};
 pub use isa::Isa;
 pub use matmul::{matmul, matmul_bytes, matmul_many};
 pub use memory::held_bytes;

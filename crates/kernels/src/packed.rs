@@ -32,7 +32,7 @@ use ashlar_core::DType;
 use half::{bf16, f16};
 use std::{
     cell::RefCell,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 /// Columns of a group.
@@ -248,17 +248,19 @@ impl Kind {
     }
 }
 
-/// A weight matrix of n rows and k columns, packed for [`crate::matmul`].
+/// A weight matrix of n rows and k columns, packed for [`crate::matmul`]. Clones
+/// share its bytes.
+#[derive(Clone)]
 pub struct PackedMatrix {
-    n: usize,
-    k: usize,
-    dtype: DType,
-    kind: Kind,
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+    pub(crate) dtype: DType,
+    pub(crate) kind: Kind,
     /// Values along k that share a head, where the kind leaves that to the matrix.
-    run: usize,
+    pub(crate) run: usize,
     /// Which k each place along a row is for, where they do not ascend.
-    order: Option<Box<[u32]>>,
-    data: Bytes,
+    pub(crate) order: Option<Box<[u32]>>,
+    pub(crate) data: Arc<Bytes>,
 }
 
 /// How the codes of a matrix get their scales: in runs along k.
@@ -316,7 +318,7 @@ impl PackedMatrix {
             let from = g * GROUP * row;
             pack_group(dtype, kind, k, &bytes[from..bytes.len().min(from + GROUP * row)], dst);
         });
-        Ok(Self { n, k, dtype, kind, run: k, order: None, data })
+        Ok(Self { n, k, dtype, kind, run: k, order: None, data: Arc::new(data) })
     }
 
     /// [`PackedMatrix::from_rows_on`] of rows that are not in memory: `read(i, to)`
@@ -340,7 +342,7 @@ impl PackedMatrix {
             Ok(())
         };
         read_groups(pool, n, row, &mut data, size, read, pack)?;
-        Ok(Self { n, k, dtype, kind, run: k, order: None, data })
+        Ok(Self { n, k, dtype, kind, run: k, order: None, data: Arc::new(data) })
     }
 
     /// Packs `n` rows of `k` codes that have their scales in `runs`. `read(i, to)`
@@ -409,7 +411,7 @@ impl PackedMatrix {
             Ok(())
         };
         read_groups(pool, n, k, &mut data, size, read, pack)?;
-        Ok(Self { n, k, dtype, kind, run, order, data })
+        Ok(Self { n, k, dtype, kind, run, order, data: Arc::new(data) })
     }
 
     /// Rows: the width of the product.

@@ -22,7 +22,7 @@ const HEAD: u64 = 4 << 20;
 /// An open file.
 pub(crate) struct Opened {
     file: File,
-    path: PathBuf,
+    pub(crate) path: PathBuf,
     /// Bytes it had when opened.
     pub(crate) len: u64,
 }
@@ -33,6 +33,11 @@ impl Opened {
         let file = File::open(path).map_err(fault)?;
         let len = file.metadata().map_err(fault)?.len();
         Ok(Self { file, path: path.into(), len })
+    }
+
+    /// What the system says of it now.
+    pub(crate) fn metadata(&self) -> std::io::Result<std::fs::Metadata> {
+        self.file.metadata()
     }
 
     /// Fills `to` with the bytes from `from` on.

@@ -9,6 +9,7 @@ use crate::{
     arch::{self, Description, ExpertNames, GateUp, Names, Qkv},
     file::GgufFile,
     formats::Gguf,
+    packed::PackedCache,
     quantized::Scheme,
     source::{self, Folder, Source, Tensor},
 };
@@ -95,15 +96,24 @@ impl Model {
     /// # Errors
     /// As [`Model::load`].
     pub fn load_with(path: &Path, pool: Arc<Pool>) -> Result<Self, ModelError> {
+        Self::load_cached(path, pool, None)
+    }
+
+    /// [`Model::load_with`], from `cache` where it has what the files hold.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn load_cached(path: &Path, pool: Arc<Pool>, cache: Option<&PackedCache>) -> Result<Self, ModelError> {
         if path.is_dir() {
             let folder = Folder::open(path)?;
             let json = folder.file(source::CONFIG)?;
             let description = arch::from_hf(&json)?;
             let shards = folder.shards()?;
             let source = Source::from_shards(&shards, description.1.prefix, Scheme::from_hf(&json)?, &pool)?;
-            return Self::build(&source, description, pool);
+            let files: Vec<_> = shards.iter().map(|(file, _)| *file).collect();
+            return Self::build(&source.cached(cache, &files, &json), description, pool);
         }
-        GgufFile::read(path, |file, gguf| Self::from_file(file, gguf, pool))?
+        GgufFile::read(path, |file, gguf| Self::from_file(file, gguf, pool, cache))?
     }
 
     /// Packs a file that is in memory whole.
@@ -115,12 +125,17 @@ impl Model {
         Self::build(&source, arch::from_gguf(gguf, &source)?, pool)
     }
 
-    /// Reads and packs a file whose header is `gguf`.
+    /// Reads and packs a file whose header is `gguf`, or takes it from `cache`.
     ///
     /// # Errors
     /// As [`Model::load`].
-    pub fn from_file(file: &GgufFile, gguf: &Gguf, pool: Arc<Pool>) -> Result<Self, ModelError> {
-        let source = Source::from_file(gguf, file, &pool)?;
+    pub fn from_file(
+        file: &GgufFile,
+        gguf: &Gguf,
+        pool: Arc<Pool>,
+        cache: Option<&PackedCache>,
+    ) -> Result<Self, ModelError> {
+        let source = Source::from_file(gguf, file, &pool)?.cached(cache, &[&file.file], b"");
         Self::build(&source, arch::from_gguf(gguf, &source)?, pool)
     }
 

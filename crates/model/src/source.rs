@@ -7,6 +7,7 @@ use crate::{
     ModelError,
     file::{GgufFile, Opened},
     formats::{Gguf, TensorInfo, safetensors::{self, SafeTensors}},
+    packed::{PackedCache, Shelf},
     quantized::Scheme,
 };
 use ashlar_core::DType;
@@ -156,6 +157,8 @@ pub(crate) struct Source<'a> {
     scheme: Option<Scheme>,
     /// Packs matrices.
     pool: Arc<Pool>,
+    /// What is packed already.
+    shelf: Option<RefCell<Shelf<'a>>>,
 }
 
 impl<'a> Source<'a> {
@@ -200,7 +203,32 @@ impl<'a> Source<'a> {
                 return Err(ModelError::Twice(name.into()));
             }
         }
-        Ok(Self { tensors, read: RefCell::default(), prefix, scheme: None, pool: Arc::clone(pool) })
+        Ok(Self { tensors, read: RefCell::default(), prefix, scheme: None, pool: Arc::clone(pool), shelf: None })
+    }
+
+    /// Takes matrices from `cache` where it has those of `files`, and puts them there
+    /// where not.
+    pub(crate) fn cached(mut self, cache: Option<&'a PackedCache>, files: &[&Opened], settings: &[u8]) -> Self {
+        self.shelf = cache.map(|cache| RefCell::new(cache.open(files, settings, &self.pool)));
+        self
+    }
+
+    /// Rows out of the tensor `name`, as they were packed before or as `pack` does.
+    fn shelved(
+        &self,
+        name: &str,
+        runs: &[Range<usize>],
+        pack: impl FnOnce() -> Result<PackedMatrix, ModelError>,
+    ) -> Result<PackedMatrix, ModelError> {
+        let Some(shelf) = &self.shelf else { return pack() };
+        let key = format!("{name} {runs:?}");
+        let found = shelf.borrow_mut().take(&key);
+        if let Some(found) = found {
+            return Ok(found);
+        }
+        let matrix = pack()?;
+        shelf.borrow_mut().put(key, &matrix);
+        Ok(matrix)
     }
 
     /// A tensor's name in the file.
@@ -256,9 +284,11 @@ impl<'a> Source<'a> {
         let quantized = self.scheme.map(|scheme| scheme.find(self, name, n, k)).transpose()?.flatten();
         match quantized {
             None => self.pack(self.tensor(name, &[n, k])?, k, runs),
-            Some(quantized) => quantized.pack(self, runs).map_err(|e| match e {
-                Unpacked::Kernel(cause) => ModelError::Tensor { name: self.full(name), cause },
-                Unpacked::Model(e) => e,
+            Some(quantized) => self.shelved(&self.full(name), runs, || {
+                quantized.pack(self, runs).map_err(|e| match e {
+                    Unpacked::Kernel(cause) => ModelError::Tensor { name: self.full(name), cause },
+                    Unpacked::Model(e) => e,
+                })
             }),
         }
     }
@@ -269,9 +299,11 @@ impl<'a> Source<'a> {
         let n = runs.iter().map(Range::len).sum();
         let row = tensor.dtype.bytes_for(k).unwrap_or(0);
         let read = |i: usize, to: &mut [u8]| tensor.rows(runs, row, i, to).map_err(Unpacked::Model);
-        PackedMatrix::read_rows(&self.pool, tensor.dtype, n, k, read).map_err(|e| match e {
-            Unpacked::Kernel(cause) => tensor.refused(cause),
-            Unpacked::Model(e) => e,
+        self.shelved(tensor.name, runs, || {
+            PackedMatrix::read_rows(&self.pool, tensor.dtype, n, k, read).map_err(|e| match e {
+                Unpacked::Kernel(cause) => tensor.refused(cause),
+                Unpacked::Model(e) => e,
+            })
         })
     }
 
@@ -280,11 +312,15 @@ impl<'a> Source<'a> {
         &self.pool
     }
 
-    /// Refuses tensors that nobody read, but for those `spare` names.
+    /// Refuses tensors that nobody read, but for those `spare` names; then the load
+    /// is done.
     pub(crate) fn finish(&self, spare: impl Fn(&str) -> bool) -> Result<(), ModelError> {
         let read = self.read.borrow();
         match self.tensors.keys().filter(|k| !read.contains(*k) && !spare(k)).min() {
-            None => Ok(()),
+            None => {
+                self.shelf.iter().for_each(|shelf| shelf.borrow_mut().close());
+                Ok(())
+            }
             Some(name) => Err(ModelError::Unused((*name).into())),
         }
     }
