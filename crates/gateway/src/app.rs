@@ -2,8 +2,9 @@
 
 use crate::{
     config::Config,
+    ledger::Ledger,
     metrics::{BackendGauges, Gauges, Metrics},
-    recorder::{Ledger, LiveTable},
+    recorder::LiveTable,
     route::{Decisions, Route, Target},
     signin::Sessions,
     table::{Table, Tables},
@@ -169,10 +170,17 @@ impl App {
         if target.node.dialect == Dialect::Engine { self.release(&target.model) } else { None }
     }
 
-    /// The cost of `tokens` from `target` where there are no accounts to say it.
-    pub(crate) fn cost(&self, target: Option<&Target>, at_ms: i64, tokens: &Tokens) -> Cost {
+    /// Whether what `target` uses of its machine is measured.
+    pub(crate) fn by_machine(&self, target: &Target, at_ms: i64) -> bool {
+        let priced = |list: &Arc<PriceList>| list.by_machine(&target.node.name, at_ms);
+        target.node.dialect == Dialect::Engine || self.state.prices.as_ref().is_some_and(priced)
+    }
+
+    /// The cost of `tokens` from `target`, or of its machine's time, where there are
+    /// no accounts to say it.
+    pub(crate) fn cost(&self, target: Option<&Target>, at_ms: i64, tokens: &Tokens, machine_us: u64) -> Cost {
         match (&self.state.prices, target) {
-            (Some(list), Some(t)) => list.cost(&t.model, &t.node.name, at_ms, tokens, 0),
+            (Some(list), Some(t)) => list.cost(&t.model, &t.node.name, at_ms, tokens, machine_us),
             _ => Cost { reason: Some("there is no price list".into()), ..Cost::default() },
         }
     }

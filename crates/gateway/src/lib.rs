@@ -39,6 +39,8 @@ mod error;
 mod graph;
 mod health;
 mod intake;
+mod ledger;
+mod machine;
 mod metrics;
 mod node;
 mod recorder;

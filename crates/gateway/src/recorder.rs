@@ -3,19 +3,23 @@
 //! Every completion endpoint goes through [`Recorder`]. It settles when the
 //! answer ends, when it fails, or, through its drop, when whoever held it went
 //! away: a client that disconnects drops its HTTP body and with it the
-//! recorder. All entries pass one writer task in order, so that a settlement
-//! never overtakes its admission and dropping needs no runtime; it writes in one
-//! transaction what came while it wrote the last. The usage row, with what the
-//! answer cost, goes the same way in the accounts, whose database may be another
-//! one; both have the same id and the same end.
+//! recorder. All entries pass one writer task in order (`ledger`), so that a
+//! settlement never overtakes its admission and dropping needs no runtime.
+//!
+//! With accounts, a request's reservation there is its admission, written before
+//! anything of the answer leaves. When it is over, its usage row and its response
+//! row are written once each, in this order, some milliseconds later, in batches
+//! that nobody waits for: a process killed before leaves the reservation, which
+//! settles as killed, and so does the response. Without accounts, the response is admitted in
+//! the ledger, and its end is waited for. Either way it is in the ledger for
+//! whoever looks at it over HTTP (`Ledger::flush`).
 //!
 //! What may not happen here: a second settlement (`open` is cleared by the
-//! first, the store checks it again), one that is lost while the ledger cannot be
-//! written (it is kept and tried again), or an answer without an admission:
-//! nothing of it leaves before both have acknowledged that
-//! ([`Recorder::admitted`]). The backend is asked meanwhile, so that its time and
-//! the disk's are not added up. A killed process leaves admissions open;
-//! `Store::settle_orphans` and the opening of the accounts close those.
+//! first, the store checks it again), or an answer without an admission: nothing
+//! of it leaves before that is acknowledged ([`Recorder::admitted`]). The backend
+//! is asked meanwhile, so that its time and the disk's are not added up. A killed
+//! process leaves admissions open; `Store::settle_orphans` and the opening of the
+//! accounts close those.
 //!
 //! Rejected: a task spawned by each drop, which races with its own admission
 //! and with the end of the process.
@@ -23,14 +27,16 @@
 use crate::{
     app::App,
     ask::Ask,
-    metrics::{Metrics, Sample},
+    ledger::Entry,
+    machine::Share,
+    metrics::Sample,
     refusal,
     route::{Decision, Target},
     upstream::{End as Ending, Piece, Tokens},
 };
 use ashlar_api::Timings;
 use ashlar_core::clock;
-use ashlar_store::{Admission, Answered, Cost, Counts, Ended, Finish, Reservation, Settlement, Store, StoreError, Used};
+use ashlar_store::{Accounts, Admission, Answered, Cost, Counts, Ended, Finish, Reservation, Settlement, StoreError, Used};
 use std::{
     collections::BTreeMap,
     sync::{
@@ -39,112 +45,7 @@ use std::{
     },
     time::{Duration, Instant},
 };
-use tokio::sync::{mpsc, oneshot};
-
-/// Most entries taken at once.
-const BATCH: usize = 256;
-/// How long a ledger that cannot be written is left alone.
-const PAUSE: Duration = Duration::from_millis(100);
-
-enum Entry {
-    Admit(Admission, oneshot::Sender<Result<(), StoreError>>),
-    Settle(Ended, Option<oneshot::Sender<()>>),
-    Flush(oneshot::Sender<()>),
-}
-
-/// The way to the writer task.
-pub(crate) struct Ledger(mpsc::UnboundedSender<Entry>);
-
-impl Ledger {
-    /// A ledger and the task that writes it; the task ends when the ledger and
-    /// every recorder are gone.
-    pub(crate) fn new(store: Store, metrics: Arc<Metrics>) -> (Self, impl Future<Output = ()>) {
-        let (tx, mut rx) = mpsc::unbounded_channel();
-        let writer = async move {
-            let (mut entries, mut batch) = (Vec::with_capacity(BATCH), Batch::default());
-            loop {
-                let more = rx.recv_many(&mut entries, BATCH);
-                // What could not be written is tried again, also when nothing comes.
-                let pause = if batch.ends.is_empty() { Duration::MAX } else { PAUSE };
-                let over = tokio::time::timeout(pause, more).await.is_ok_and(|n| n == 0);
-                entries.drain(..).for_each(|e| batch.take(e));
-                batch.write(&store, &metrics).await;
-                if over {
-                    break;
-                }
-            }
-        };
-        (Self(tx), writer)
-    }
-
-    /// Waits until all entries so far are written.
-    pub(crate) async fn flush(&self) {
-        let (ack, done) = oneshot::channel();
-        if self.0.send(Entry::Flush(ack)).is_ok() {
-            let _ = done.await;
-        }
-    }
-}
-
-/// What one transaction writes.
-#[derive(Default)]
-struct Batch {
-    begins: Vec<Admission>,
-    admitted: Vec<oneshot::Sender<Result<(), StoreError>>>,
-    /// Kept until they are written.
-    ends: Vec<Ended>,
-    settled: Vec<Option<oneshot::Sender<()>>>,
-    flushes: Vec<oneshot::Sender<()>>,
-}
-
-impl Batch {
-    fn take(&mut self, entry: Entry) {
-        match entry {
-            Entry::Admit(admission, ack) => {
-                self.begins.push(admission);
-                self.admitted.push(ack);
-            }
-            Entry::Settle(ended, ack) => {
-                self.ends.push(ended);
-                self.settled.push(ack);
-            }
-            Entry::Flush(ack) => self.flushes.push(ack),
-        }
-    }
-
-    /// Writes and answers. A receiver that is gone does not wait for the answer.
-    /// When it fails, who asks to be admitted is refused, and what is over stays.
-    async fn write(&mut self, store: &Store, metrics: &Metrics) {
-        let done = match store.record(&self.begins, &self.ends).await {
-            Ok(done) => done,
-            Err(e) => {
-                metrics.ledger_error();
-                self.begins.clear();
-                for ack in self.admitted.drain(..) {
-                    let _ = ack.send(Err(StoreError::Task(e.to_string())));
-                }
-                // Nobody waits for a ledger that is out of order.
-                self.settled.iter_mut().for_each(|ack| *ack = None);
-                return self.flushes.clear();
-            }
-        };
-        for (a, ack) in self.begins.drain(..).zip(self.admitted.drain(..)) {
-            let known = || StoreError::AlreadyAdmitted(a.id.clone());
-            let _ = ack.send(done.admitted.contains(&a.id).then_some(()).ok_or_else(known));
-        }
-        for (e, ack) in self.ends.drain(..).zip(self.settled.drain(..)) {
-            if !done.settled.contains(&e.id) {
-                metrics.ledger_error();
-            }
-            if let Some(ack) = ack {
-                let _ = ack.send(());
-            }
-        }
-        for ack in self.flushes.drain(..) {
-            let _ = ack.send(());
-        }
-    }
-}
+use tokio::sync::oneshot;
 
 /// A response in flight, as the console shows it.
 pub(crate) struct Live {
@@ -221,8 +122,12 @@ pub(crate) struct Recorder {
     reservation: Option<Reservation>,
     /// Who it was admitted for.
     first: Answered,
+    /// What is written with its end, where the accounts have admitted it.
+    unwritten: Option<Admission>,
     /// Who it is with, and under which name for clients.
     target: Option<(Arc<Target>, String)>,
+    /// Its part of that target's machine, where it is measured.
+    share: Option<Share>,
     prompt_estimate: u32,
     /// Something was sent to a backend that bills by what it reads.
     remote: bool,
@@ -269,7 +174,10 @@ impl Recorder {
             seed: intake.seed,
             stream: intake.stream,
         };
-        let sent = app.ledger.0.send(Entry::Admit(admission, ack)).is_ok();
+        let (admitted, unwritten, open) = match intake.reservation {
+            Some(_) => (None, Some(admission), true),
+            None => (Some(admitted), None, app.ledger.send(Entry::Admit(admission, ack))),
+        };
         // From here on the drop settles, also when the client leaves while the
         // store is still writing: the settlement is behind the admission.
         Self {
@@ -278,7 +186,9 @@ impl Recorder {
             decision: intake.decision,
             reservation: intake.reservation,
             first,
+            unwritten,
             target: None,
+            share: None,
             prompt_estimate: intake.prompt_estimate,
             remote: false,
             answer: String::new(),
@@ -287,36 +197,30 @@ impl Recorder {
             started: None,
             first_token: None,
             last: None,
-            admitted: Some(admitted),
-            open: sent,
+            admitted,
+            open,
         }
     }
 
-    /// Waits until the admission is written, in the ledger and in the accounts.
+    /// Waits until the admission is written.
     ///
     /// # Errors
-    /// When either does not take it; what the other has of it is settled then.
+    /// When it is not taken; there is nothing to settle then but, with accounts,
+    /// the response, which says so.
     pub(crate) async fn admitted(&mut self) -> Result<(), String> {
-        let Some(word) = self.admitted.take() else { return Ok(()) };
-        let durable = async {
-            match &mut self.reservation {
-                Some(r) => r.durable().await.map_err(|e| e.to_string()),
-                None => Ok(()),
+        if let Some(word) = self.admitted.take() {
+            let gone = |_| Err(StoreError::Task("the ledger's writer has ended".into()));
+            if let Err(e) = word.await.unwrap_or_else(gone) {
+                self.open = false;
+                return Err(e.to_string());
             }
-        };
-        let (word, durable) = tokio::join!(word, durable);
-        let gone = || StoreError::Task("the ledger's writer has ended".into());
-        if let Err(e) = word.unwrap_or_else(|_| Err(gone())) {
-            self.open = false;
-            if let Some(r) = self.reservation.take() {
-                r.settle(Used { error: Some(e.to_string()), ..Used::new(Finish::Error) });
-            }
-            return Err(e.to_string());
         }
-        if let Err(e) = durable {
+        if let Some(reservation) = &mut self.reservation
+            && let Err(e) = reservation.durable().await
+        {
             self.reservation = None;
-            self.fail(&e).await;
-            return Err(e);
+            self.fail(&e.to_string()).await;
+            return Err(e.to_string());
         }
         Ok(())
     }
@@ -337,6 +241,11 @@ impl Recorder {
 
     /// The request is with `target` from now on, as `model` for clients.
     pub(crate) fn sent_to(&mut self, target: &Arc<Target>, model: &str, remote: bool) {
+        let same = self.target.as_ref().is_some_and(|(t, _)| Arc::ptr_eq(&t.node, &target.node));
+        if !same {
+            let measured = self.app.by_machine(target, self.live.at_ms);
+            self.share = measured.then(|| target.node.machine.share(Instant::now()));
+        }
         self.target = Some((target.clone(), model.to_owned()));
         self.remote = remote;
     }
@@ -384,19 +293,22 @@ impl Recorder {
     }
 
     async fn settle_and_wait(&mut self, end: End<'_>) {
-        let (ack, written) = oneshot::channel();
-        let Some(settled) = self.settle(end, Some(ack)) else { return };
-        match settled {
-            // Neither is lost when it cannot be written now.
-            Some(usage) => drop(tokio::join!(written, usage.written())),
-            None => drop(written.await),
+        // The accounts' word on the admission is enough to let the end leave.
+        let (ack, written) = if self.unwritten.is_some() { (None, None) } else {
+            let (ack, written) = oneshot::channel();
+            (Some(ack), Some(written))
+        };
+        if self.settle(end, ack)
+            && let Some(written) = written
+        {
+            let _ = written.await;
         }
     }
 
-    /// Sends the one settlement; `None` when it was sent before.
-    fn settle(&mut self, end: End<'_>, ack: Option<oneshot::Sender<()>>) -> Option<Option<ashlar_store::Settled>> {
+    /// Sends the one settlement; false when it was sent before.
+    fn settle(&mut self, end: End<'_>, ack: Option<oneshot::Sender<()>>) -> bool {
         if !std::mem::take(&mut self.open) {
-            return None;
+            return false;
         }
         let tokens = self.live.tokens.load(Relaxed);
         let counted = match self.live.prompt.load(Relaxed) {
@@ -429,12 +341,13 @@ impl Recorder {
             backend: target.node.name.clone(),
         });
         let target = self.target.as_ref().map(|(t, _)| t);
-        let (cost, usage) = match self.reservation.take() {
+        let machine_us = self.share.take().map_or(0, |s| s.micros(Instant::now()));
+        let (cost, usage_row) = match self.reservation.take() {
             Some(reservation) => {
-                let settled = reservation.settle(Used {
+                let used = Used {
                     tokens: tokens.classes(),
                     counts: if tokens.estimated { Counts::Estimated } else { Counts::Measured },
-                    machine_us: 0,
+                    machine_us,
                     model: target.map(|t| t.model.clone()),
                     backend: target.map(|t| t.node.name.clone()),
                     release: answered.as_ref().and_then(|a| a.release.clone()),
@@ -444,19 +357,20 @@ impl Recorder {
                     error: error.clone(),
                     refusal,
                     ..Used::new(finish)
-                });
+                };
+                let settled = reservation.settle(used);
                 (settled.cost.clone(), Some(settled))
             }
-            None => (self.app.cost(target.map(|t| &**t), self.live.at_ms, &tokens.classes()), None),
+            None => (self.app.cost(target.map(|t| &**t), self.live.at_ms, &tokens.classes(), machine_us), None),
         };
-        let usage_total = tokens.usage();
+        let usage = tokens.usage();
         self.app.metrics.settled(&Sample {
             model: &self.live.model,
             endpoint: self.live.endpoint,
             finish: finish.as_str(),
-            prompt_tokens: usage_total.prompt_tokens,
-            cached_tokens: usage_total.cached_tokens(),
-            completion_tokens: usage_total.completion_tokens,
+            prompt_tokens: usage.prompt_tokens,
+            cached_tokens: usage.cached_tokens(),
+            completion_tokens: usage.completion_tokens,
             queue_s: queue.map(|d| d.as_secs_f64()),
             ttft_s: ttft.map(|d| d.as_secs_f64()),
             total_s: total.as_secs_f64(),
@@ -468,11 +382,12 @@ impl Recorder {
         let ms = |d: Option<Duration>| d.map_or(0.0, |d| d.as_secs_f64() * 1e3);
         let ended = Ended {
             id: self.live.id.clone(),
+            admission: self.unwritten.take(),
             settlement: Settlement {
                 finish: finish.as_str().to_owned(),
-                prompt_tokens: usage_total.prompt_tokens.into(),
-                cached_tokens: usage_total.cached_tokens().into(),
-                completion_tokens: usage_total.completion_tokens.into(),
+                prompt_tokens: usage.prompt_tokens.into(),
+                cached_tokens: usage.cached_tokens().into(),
+                completion_tokens: usage.completion_tokens.into(),
                 queue_ms: ms(queue),
                 ttft_ms: ms(ttft),
                 total_ms: ms(Some(total)),
@@ -484,10 +399,7 @@ impl Recorder {
             answered: answered.filter(|a| *a != self.first),
             route: serde_json::to_string(&*self.decision).ok(),
         };
-        if self.app.ledger.0.send(Entry::Settle(ended, ack)).is_err() {
-            self.app.metrics.ledger_error();
-        }
-        Some(usage)
+        self.app.ledger.send(Entry::Settle(ended, usage_row, ack))
     }
 }
 
@@ -513,8 +425,7 @@ fn amount(cost: &Cost) -> Option<f64> {
 
 impl Drop for Recorder {
     fn drop(&mut self) {
-        // On its way; a drop waits for nothing.
-        drop(self.settle(End::Cancelled, None));
+        self.settle(End::Cancelled, None);
         self.app.live.with(|t| t.remove(&self.live.id));
     }
 }
@@ -525,9 +436,9 @@ pub(crate) fn book_lost(app: &App, ask: &Ask, model: &str, target: &Target, id: 
     let why = "a hedge that lost; its tokens are estimated";
     let tokens = Tokens::estimate(ask.prompt_estimate(), 0);
     let total = ask.arrived.elapsed();
-    let cost = match reservation {
+    let (cost, usage) = match reservation {
         Some(reservation) => {
-            let used = Used {
+            let settled = reservation.settle(Used {
                 tokens: tokens.classes(),
                 counts: Counts::Estimated,
                 model: Some(target.model.clone()),
@@ -536,10 +447,10 @@ pub(crate) fn book_lost(app: &App, ask: &Ask, model: &str, target: &Target, id: 
                 total_us: micros(total),
                 error: Some(why.into()),
                 ..Used::new(Finish::Cancelled)
-            };
-            reservation.settle(used).cost
+            });
+            (settled.cost.clone(), Some(settled))
         }
-        None => app.cost(Some(target), clock::now_ms(), &tokens.classes()),
+        None => (app.cost(Some(target), clock::now_ms(), &tokens.classes(), 0), None),
     };
     let admission = Admission {
         id: id.to_owned(),
@@ -559,11 +470,44 @@ pub(crate) fn book_lost(app: &App, ask: &Ask, model: &str, target: &Target, id: 
         error: Some(why.into()),
         ..Settlement::default()
     };
-    let ended = Ended { id: id.to_owned(), settlement, answered: None, route: None };
-    let (ack, _) = oneshot::channel();
-    // The writer takes both in this order, and no one waits for them.
-    let sent = app.ledger.0.send(Entry::Admit(admission, ack));
-    if sent.is_err() || app.ledger.0.send(Entry::Settle(ended, None)).is_err() {
+    let ended = Ended { id: id.to_owned(), admission: Some(admission), settlement, answered: None, route: None };
+    if !app.ledger.send(Entry::Settle(ended, usage, None)) {
         app.metrics.ledger_error();
+    }
+}
+
+/// Writes down the responses of processes that died, where they could not do so
+/// themselves: those killed under way, and those whose end is in the accounts
+/// alone.
+pub(crate) fn record_left(app: &App) {
+    for row in app.state.accounts.iter().flat_map(Accounts::take_left) {
+        let count = |n: i64| n.max(0).unsigned_abs();
+        let killed = row.finish == Finish::Killed;
+        let t = &row.tokens;
+        let settlement = Settlement {
+            finish: row.finish.as_str().to_owned(),
+            // Of one that was killed nobody knows how far it came.
+            prompt_tokens: if killed { 0 } else { count(t.input) + count(t.cache_read) + count(t.cache_write) },
+            cached_tokens: if killed { 0 } else { count(t.cache_read) },
+            completion_tokens: if killed { 0 } else { count(t.output) + count(t.reasoning) },
+            queue_ms: row.queue_us as f64 / 1e3,
+            ttft_ms: row.ttft_us.unwrap_or(0) as f64 / 1e3,
+            total_ms: row.total_us as f64 / 1e3,
+            cost: row.cost.cost,
+            refusal: row.refusal,
+            answer: None,
+            error: row.error,
+        };
+        let admission = Admission {
+            id: row.id.clone(),
+            release: row.release,
+            model: row.model,
+            backend: row.backend,
+            endpoint: row.endpoint,
+            at_ms: row.at_ms,
+            seed: None,
+            stream: row.stream,
+        };
+        app.ledger.send(Entry::Left(Ended { id: row.id, admission: Some(admission), settlement, answered: None, route: None }));
     }
 }

@@ -12,9 +12,10 @@ use crate::{
     door::Caller,
     error::{Failure, refuse},
     intake,
+    ledger::Ledger,
     metrics::Metrics,
     node::Node,
-    recorder::{Ledger, LiveTable},
+    recorder::{self, LiveTable},
     reply::{Form, RESPONSE_ID},
     route::Decisions,
     session::Session,
@@ -105,7 +106,9 @@ pub async fn serve(
         sessions: Sessions::default(),
         stop,
     });
+    recorder::record_left(&app);
     let watching = watch_file(app.clone());
+    let burying = record_left(app.clone());
     let (fired, told) = oneshot::channel();
     // A stream's pieces are small: waiting for an acknowledgement before the next
     // one costs 40 ms each.
@@ -132,12 +135,13 @@ pub async fn serve(
         result = &mut server => result,
         () = closing => Ok(()),
         never = watching => match never {},
+        never = burying => match never {},
     };
-    app.ledger.flush().await;
     if let Some(accounts) = accounts {
         // What cannot be written now is settled by the next to open them.
         let _ = accounts.flush().await;
     }
+    app.ledger.flush().await;
     result
 }
 
@@ -157,6 +161,15 @@ async fn watch_file(app: Arc<App>) -> std::convert::Infallible {
         // Either way the file is read.
         let _ = tokio::time::timeout(LOOK, told).await;
         app.tables.read(&app.state, &path).await;
+    }
+}
+
+/// Writes down, a second later at most, what the accounts found of processes that
+/// died.
+async fn record_left(app: Arc<App>) -> std::convert::Infallible {
+    loop {
+        tokio::time::sleep(LOOK).await;
+        recorder::record_left(&app);
     }
 }
 

@@ -114,6 +114,14 @@ pub(crate) async fn guard(State(app): State<Arc<App>>, request: Request, next: N
             return Failure::from(e).into_response();
         }
     }
+    if data {
+        // What has ended is there for whoever looks. A database that is not reached
+        // does not keep the console from showing the rest.
+        if let Some(accounts) = &app.state.accounts {
+            let _ = tokio::time::timeout(Duration::from_secs(1), accounts.flush()).await;
+        }
+        app.ledger.flush().await;
+    }
     next.run(request).await
 }
 

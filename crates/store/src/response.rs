@@ -40,7 +40,8 @@ pub struct Admission {
 /// How it ended.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Settlement {
-    /// `stop`, `length`, `tool_calls`, `content_filter`, `cancelled` or `error`.
+    /// `stop`, `length`, `tool_calls`, `content_filter`, `cancelled`, `error` or,
+    /// said by another process than the one that served it, `killed`.
     pub finish: String,
     /// Tokens of the prompt, cached ones included.
     pub prompt_tokens: u64,
@@ -81,6 +82,8 @@ pub struct Answered {
 pub struct Ended {
     /// Its id.
     pub id: String,
+    /// How it began, where that was not written before: the row is written whole.
+    pub admission: Option<Admission>,
     /// How it ended.
     pub settlement: Settlement,
     /// Who answered; `None`: whoever it was admitted for.
@@ -129,6 +132,14 @@ const SETTLE: &str = "WITH e AS MATERIALIZED (SELECT value AS v FROM json_each($
      model = COALESCE(v->>13, model), backend = COALESCE(v->>14, backend) \
      FROM e WHERE response.id = v->>0 AND finish IS NULL RETURNING id";
 
+// Both halves at once: `[admission, settlement]`.
+const WHOLE: &str = "INSERT INTO response (id, session, release, model, backend, endpoint, at_ms, seed, stream, \
+     settled_ms, finish, prompt_tokens, cached_tokens, completion_tokens, queue_ms, ttft_ms, total_ms, cost, refusal, \
+     answer, error, route) WITH e AS MATERIALIZED (SELECT value->0 AS a, value->1 AS v FROM json_each($1)) \
+     SELECT a->>0, $2, CASE WHEN v->>13 IS NULL THEN a->>1 ELSE v->>15 END, COALESCE(v->>13, a->>2), \
+     COALESCE(v->>14, a->>3), a->>4, a->>5, a->>6, a->>7, $3, v->>1, v->>2, v->>3, v->>4, v->>5, v->>6, v->>7, v->>8, \
+     v->>9, v->>10, v->>11, v->>12 FROM e WHERE 1 = 1 ON CONFLICT (id) DO NOTHING RETURNING id";
+
 /// `admission` as [`ADMIT`] reads it.
 fn begun(a: &Admission) -> impl Serialize {
     // Two's complement: SQL has no unsigned integers.
@@ -139,11 +150,24 @@ fn begun(a: &Admission) -> impl Serialize {
 /// `ended` as [`SETTLE`] reads it.
 fn ended(e: &Ended) -> impl Serialize {
     let (s, a) = (&e.settlement, e.answered.as_ref());
-    let how = (&e.id, &s.finish, s.prompt_tokens as i64, s.cached_tokens as i64, s.completion_tokens as i64);
-    let spent = (s.queue_ms, s.ttft_ms, s.total_ms, s.cost, i64::from(s.refusal));
-    let said = (&s.answer, &s.error, &e.route);
-    let by = (a.map(|a| &a.model), a.map(|a| &a.backend), a.and_then(|a| a.release.as_ref()));
-    (how.0, how.1, how.2, how.3, how.4, spent.0, spent.1, spent.2, spent.3, spent.4, said.0, said.1, said.2, by.0, by.1, by.2)
+    (
+        &e.id,
+        &s.finish,
+        s.prompt_tokens as i64,
+        s.cached_tokens as i64,
+        s.completion_tokens as i64,
+        s.queue_ms,
+        s.ttft_ms,
+        s.total_ms,
+        s.cost,
+        i64::from(s.refusal),
+        &s.answer,
+        &s.error,
+        &e.route,
+        a.map(|a| &a.model),
+        a.map(|a| &a.backend),
+        a.and_then(|a| a.release.as_ref()),
+    )
 }
 
 impl Store {
@@ -153,21 +177,31 @@ impl Store {
     /// # Errors
     /// [`StoreError::Finish`] for an ending that is none; nothing is written then.
     pub async fn record(&self, begins: &[Admission], ends: &[Ended]) -> Result<Recorded, StoreError> {
-        const FINISHES: [&str; 6] = ["stop", "length", "tool_calls", "content_filter", "cancelled", "error"];
+        // `killed` is said of a process by another.
+        const FINISHES: [&str; 7] = ["stop", "length", "tool_calls", "content_filter", "cancelled", "error", "killed"];
         if let Some(odd) = ends.iter().find(|e| !FINISHES.contains(&&*e.settlement.finish)) {
             return Err(StoreError::Finish(odd.settlement.finish.clone()));
         }
         let json = |rows: Result<String, crate::AccountError>| rows.map_err(|e| StoreError::Corrupt(e.to_string()));
         let mut done = Recorded::default();
+        if begins.is_empty() && ends.is_empty() {
+            return Ok(done);
+        }
         let mut write = self.write().await?;
         if !begins.is_empty() {
             let rows = json(batch(&begins.iter().map(begun).collect::<Vec<_>>()))?;
             let ids = sqlx::query_scalar(ADMIT).bind(rows).bind(&self.inner.session);
             done.admitted.extend(ids.fetch_all(&mut *write.tx).await?);
         }
-        if !ends.is_empty() {
-            let rows = json(batch(&ends.iter().map(ended).collect::<Vec<_>>()))?;
-            let ids = sqlx::query_scalar(SETTLE).bind(rows).bind(clock::now_ms());
+        let now = clock::now_ms();
+        let whole: Vec<_> = ends.iter().filter_map(|e| Some((begun(e.admission.as_ref()?), ended(e)))).collect();
+        if !whole.is_empty() {
+            let ids = sqlx::query_scalar(WHOLE).bind(json(batch(&whole))?).bind(&self.inner.session).bind(now);
+            done.settled.extend(ids.fetch_all(&mut *write.tx).await?);
+        }
+        let open: Vec<_> = ends.iter().filter(|e| e.admission.is_none()).map(ended).collect();
+        if !open.is_empty() {
+            let ids = sqlx::query_scalar(SETTLE).bind(json(batch(&open))?).bind(now);
             done.settled.extend(ids.fetch_all(&mut *write.tx).await?);
         }
         write.commit().await?;
@@ -191,7 +225,7 @@ impl Store {
     /// [`StoreError::AlreadySettled`], [`StoreError::UnknownResponse`],
     /// [`StoreError::Finish`].
     pub async fn settle(&self, id: &str, s: &Settlement) -> Result<(), StoreError> {
-        let ended = Ended { id: id.into(), settlement: s.clone(), answered: None, route: None };
+        let ended = Ended { id: id.into(), admission: None, settlement: s.clone(), answered: None, route: None };
         if !self.record(&[], &[ended]).await?.settled.is_empty() {
             return Ok(());
         }

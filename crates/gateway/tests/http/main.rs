@@ -1,8 +1,13 @@
 //! The server as clients meet it, over sockets, with a scripted backend and a
 //! real store.
 
+#[path = "../../../store/tests/accounts/databases.rs"]
+#[allow(dead_code, unreachable_pub, unused_imports, unused_macros)]
+mod databases;
+mod door;
 mod mock;
 mod peers;
+mod settling;
 mod support;
 mod upstreams;
 

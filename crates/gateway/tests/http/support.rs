@@ -230,6 +230,17 @@ impl Server {
         self.send("POST", path, &kind, body.to_string().as_bytes()).await
     }
 
+    /// A request with a key.
+    pub(crate) async fn post_as(&self, secret: &str, path: &str, body: &Value) -> Reply {
+        let bearer = format!("Bearer {secret}");
+        let headers = [("content-type", "application/json"), ("authorization", bearer.as_str())];
+        self.send("POST", path, &headers, body.to_string().as_bytes()).await
+    }
+
+    pub(crate) async fn get_as(&self, secret: &str, path: &str) -> Reply {
+        self.send("GET", path, &[("authorization", &format!("Bearer {secret}"))], b"").await
+    }
+
     pub(crate) async fn chat(&self, prompt: &str, stream: bool) -> Reply {
         self.post("/v1/chat/completions", &chat_body(prompt, stream)).await
     }

@@ -116,13 +116,20 @@ impl Used {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Open {
     pub(super) id: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     attempt_of: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     api_key: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     team: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     end_user: Option<String>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     tags: BTreeMap<String, String>,
     model: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     adapter: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     release: Option<String>,
     backend: String,
     endpoint: String,
@@ -217,6 +224,15 @@ pub struct Settled {
 }
 
 impl Settled {
+    /// Whether the row is in the ledger by now, or will not get there from here:
+    /// its process ends.
+    pub fn is_written(&mut self) -> bool {
+        let waits = |(written, _): &mut (oneshot::Receiver<()>, _)| {
+            matches!(written.try_recv(), Err(oneshot::error::TryRecvError::Empty))
+        };
+        !self.written.as_mut().is_some_and(waits)
+    }
+
     /// Waits until the row is in the ledger. Need not be called: the row gets
     /// there anyway.
     ///
