@@ -7,14 +7,16 @@
 //! client, and requests a second with sixteen. `soak N` sends N small requests
 //! and prints the gateway's memory along the way.
 //!
-//! The gateway has everything on that it has: ledger, metrics, decisions. Its
-//! home is a temporary folder.
+//! The gateway has everything on that it has: a key with a team, limits of
+//! requests, tokens and money, prices, ledger, metrics, decisions. Its home is a
+//! temporary folder.
 
 use ashlar_gateway::{Config, GatewayState};
-use ashlar_store::Store;
+use ashlar_store::{AccountSettings, Accounts, Database, KeySettings, Limit, PriceList, Store, TeamSettings};
 use std::{
     net::SocketAddr,
     process::{Child, Command, Stdio},
+    sync::Arc,
     time::{Duration, Instant},
 };
 use tokio::{
@@ -44,10 +46,17 @@ fn main() -> Result<(), Any> {
     }
 }
 
-/// A process of this program, and the address it printed.
+/// A process of this program, and the address and key it printed.
 struct Peer {
     child: Child,
+    at: Place,
+}
+
+/// Where to ask, and with which key.
+#[derive(Clone, Copy)]
+struct Place {
     at: SocketAddr,
+    key: Option<&'static str>,
 }
 
 impl Peer {
@@ -58,7 +67,10 @@ impl Peer {
             let mut line = String::new();
             std::io::BufRead::read_line(&mut std::io::BufReader::new(out), &mut line).map(|_| line)
         });
-        Ok(Self { child, at: line.await??.trim().parse()? })
+        // A process starts a peer or two.
+        let line: &'static str = Box::leak(line.await??.into_boxed_str());
+        let (at, key) = line.trim().split_once(' ').map_or((line.trim(), None), |(at, key)| (at, Some(key)));
+        Ok(Self { child, at: Place { at: at.parse()?, key } })
     }
 
     /// Resident memory in KiB.
@@ -79,7 +91,7 @@ impl Drop for Peer {
 /// Canned answers: whole, or a stream when the body says so.
 async fn mock() -> Result<(), Any> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
-    announce(listener.local_addr()?);
+    announce(&listener.local_addr()?.to_string());
     let usage = r#""usage":{"prompt_tokens":9,"completion_tokens":16,"total_tokens":25}"#;
     let whole = format!(
         r#"{{"id":"x","object":"chat.completion","created":1,"model":"m","choices":[{{"index":0,"message":{{"role":"assistant","content":"{}"}},"finish_reason":"stop"}}],{usage}}}"#,
@@ -135,8 +147,28 @@ async fn mock() -> Result<(), Any> {
 }
 
 #[allow(clippy::print_stdout)]
-fn announce(at: SocketAddr) {
-    println!("{at}");
+fn announce(line: &str) {
+    println!("{line}");
+}
+
+/// A key whose limits all count and none of which is reached.
+async fn key(accounts: &Accounts) -> Result<String, Any> {
+    let limits = |texts: &[&str]| texts.iter().map(|t| serde_json::from_str::<Limit>(t)).collect::<Result<Vec<_>, _>>();
+    let team = TeamSettings {
+        name: "bench".into(),
+        limits: limits(&[r#"{"measure":"money","window":"month","amount":"1000000","currency":"USD"}"#])?,
+        ..TeamSettings::default()
+    };
+    let key = KeySettings {
+        name: "bench".into(),
+        team: Some(accounts.create_team(&team).await?.id),
+        limits: limits(&[
+            r#"{"measure":"requests","window":"minute","amount":"1000000000"}"#,
+            r#"{"measure":"tokens","window":"day","amount":"100000000000000"}"#,
+        ])?,
+        ..KeySettings::default()
+    };
+    Ok(accounts.create_key(&key).await?.1.reveal().to_owned())
 }
 
 async fn gateway(upstream: &str) -> Result<(), Any> {
@@ -146,8 +178,14 @@ async fn gateway(upstream: &str) -> Result<(), Any> {
     state.routing = Config::parse(&format!(
         "[backends.mock]\nkind = \"vllm\"\nurl = \"http://{upstream}/v1\"\nprobe = \"\"\n[models.m]\ntargets = [{{ backend = \"mock\" }}]\n"
     ))?;
+    let accounts = Accounts::open(AccountSettings::new(Database::Sqlite(home.path().join("accounts.db")))).await?;
+    let prices = "version = \"b\"\ncurrency = \"USD\"\n[[price]]\nmodel = \"m\"\ninput = \"0.15\"\noutput = \"0.6\"\n";
+    state.prices = Some(Arc::new(PriceList::parse(prices)?));
+    state.config.require_keys = true;
+    let key = key(&accounts).await?;
+    state.accounts = Some(accounts);
     let listener = TcpListener::bind("127.0.0.1:0").await?;
-    announce(listener.local_addr()?);
+    announce(&format!("{} {key}", listener.local_addr()?));
     ashlar_gateway::serve(listener, state, std::future::pending()).await?;
     Ok(())
 }
@@ -166,13 +204,15 @@ struct Took {
 }
 
 impl Client {
-    async fn connect(at: SocketAddr, bytes: usize, stream: bool) -> Result<Self, Any> {
-        let socket = TcpStream::connect(at).await?;
+    async fn connect(at: Place, bytes: usize, stream: bool) -> Result<Self, Any> {
+        let socket = TcpStream::connect(at.at).await?;
         socket.set_nodelay(true)?;
         let filler = "The kiln is warm and the stone is cut square. ".repeat(bytes / 46 + 1);
         let filler = filler.get(..bytes.saturating_sub(90)).ok_or("cut")?;
         let body = format!(r#"{{"stream":{stream},"model":"m","messages":[{{"role":"user","content":"{filler}"}}]}}"#);
-        let head = format!("POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", body.len());
+        let key = at.key.map(|k| format!("authorization: Bearer {k}\r\n")).unwrap_or_default();
+        let length = body.len();
+        let head = format!("POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n{key}content-type: application/json\r\ncontent-length: {length}\r\n\r\n");
         Ok(Self { socket, request: (head + &body).into_bytes(), buffer: vec![0; 64 << 10] })
     }
 
@@ -218,7 +258,7 @@ fn percentile(sorted: &[f64], p: f64) -> f64 {
 }
 
 /// Requests a second and sorted times of `clients` asking for `time`.
-async fn load(at: SocketAddr, bytes: usize, stream: bool, clients: usize, time: Duration) -> Result<(f64, Vec<f64>, Vec<f64>), Any> {
+async fn load(at: Place, bytes: usize, stream: bool, clients: usize, time: Duration) -> Result<(f64, Vec<f64>, Vec<f64>), Any> {
     let began = Instant::now();
     let tasks = (0..clients).map(|_| async move {
         let mut client = Client::connect(at, bytes, stream).await?;
@@ -243,7 +283,7 @@ async fn load(at: SocketAddr, bytes: usize, stream: bool, clients: usize, time: 
 #[allow(clippy::print_stdout)]
 async fn compare() -> Result<(), Any> {
     let mock = Peer::start(&["mock"]).await?;
-    let gateway = Peer::start(&["gateway", &mock.at.to_string()]).await?;
+    let gateway = Peer::start(&["gateway", &mock.at.at.to_string()]).await?;
     println!("body, kind: added p50 / p99 in ms with one client (first byte | whole); requests/s with 16, direct → through");
     for bytes in [1 << 10, 100 << 10, 1 << 20] {
         for stream in [false, true] {
@@ -275,7 +315,7 @@ async fn compare() -> Result<(), Any> {
 #[allow(clippy::print_stdout)]
 async fn rate(seconds: u64) -> Result<(), Any> {
     let mock = Peer::start(&["mock"]).await?;
-    let gateway = Peer::start(&["gateway", &mock.at.to_string()]).await?;
+    let gateway = Peer::start(&["gateway", &mock.at.at.to_string()]).await?;
     let (rate, _, whole) = load(gateway.at, 1 << 10, false, 16, Duration::from_secs(seconds)).await?;
     println!("{rate:.0} requests/s, p50 {:.3} ms, p99 {:.3} ms", percentile(&whole, 0.5) * 1e3, percentile(&whole, 0.99) * 1e3);
     Ok(())
@@ -284,7 +324,7 @@ async fn rate(seconds: u64) -> Result<(), Any> {
 #[allow(clippy::print_stdout)]
 async fn soak(requests: usize) -> Result<(), Any> {
     let mock = Peer::start(&["mock"]).await?;
-    let gateway = Peer::start(&["gateway", &mock.at.to_string()]).await?;
+    let gateway = Peer::start(&["gateway", &mock.at.at.to_string()]).await?;
     let mut done = 0;
     while done < requests {
         let (rate, first, _) = load(gateway.at, 1 << 10, done % 2 == 0, 16, Duration::from_secs(2)).await?;

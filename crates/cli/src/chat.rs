@@ -13,7 +13,7 @@ use std::{io::BufRead, path::Path};
 /// conversation in view.
 pub(crate) async fn run(home: &Path, model: &str, template: TemplateArg) -> Result<()> {
     let store = Store::open(home).await?;
-    let server = serve::start(&store, model, serve::bind("127.0.0.1:0").await?, &template.engine()).await?;
+    let server = serve::start(&store, model, serve::bind("127.0.0.1:0", false).await?, &template.engine()).await?;
     out::note("type a message; an empty line or Ctrl-D ends");
     let mut messages = Vec::new();
     for line in std::io::stdin().lock().lines() {

@@ -6,6 +6,7 @@
 mod bench;
 mod chat;
 mod doctor;
+mod keys;
 mod out;
 mod recipe;
 mod release;
@@ -14,6 +15,7 @@ mod sign;
 mod takedown;
 mod trace;
 mod up;
+mod usage;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -78,6 +80,8 @@ enum Verb {
         #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDR")]
         listen: String,
         #[command(flatten)]
+        door: serve::DoorArgs,
+        #[command(flatten)]
         engine: serve::EngineArgs,
     },
     /// Look at what the gateway would do.
@@ -85,6 +89,22 @@ enum Verb {
         #[command(subcommand)]
         what: GatewayVerb,
     },
+    /// Make, list and revoke the gateway's keys.
+    Keys {
+        #[command(flatten)]
+        at: keys::AccountsArg,
+        #[command(subcommand)]
+        what: keys::KeysVerb,
+    },
+    /// Make and list teams, whose limits their keys share.
+    Teams {
+        #[command(flatten)]
+        at: keys::AccountsArg,
+        #[command(subcommand)]
+        what: keys::TeamsVerb,
+    },
+    /// Show what was used and what it cost, or export it.
+    Usage(usage::UsageArgs),
     /// Talk to the current release in the terminal.
     Chat {
         /// A channel's name or a GGUF file.
@@ -159,10 +179,13 @@ async fn run(args: Args) -> Result<()> {
         Verb::Takedown { id, reason, dry_run } => {
             takedown::run(&home, &id, &reason, dry_run, json).await
         }
-        Verb::Serve { model, config, listen, engine } => {
-            serve::run(&home, model.as_deref(), config.as_deref(), &listen, &engine, json).await
+        Verb::Serve { model, config, listen, door, engine } => {
+            serve::run(&home, model.as_deref(), config.as_deref(), &listen, door, &engine, json).await
         }
         Verb::Gateway { what: GatewayVerb::Check { file } } => serve::check_config(&file, json),
+        Verb::Keys { at, what } => keys::keys(&home, &at, what, json).await,
+        Verb::Teams { at, what } => keys::teams(&home, &at, what, json).await,
+        Verb::Usage(args) => usage::run(&home, &args, json).await,
         Verb::Chat { model, template } => chat::run(&home, &model, template).await,
         Verb::Bench { what } => bench::run(what, json).await,
         Verb::Sign { dir, key } => sign::sign(&dir, &key, json),

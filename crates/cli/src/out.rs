@@ -51,6 +51,7 @@ fn hint(error: &anyhow::Error) -> Option<String> {
         ask!(
             cause,
             ashlar_store::StoreError,
+            ashlar_store::AccountError,
             ashlar_store::pull::PullError,
             ashlar_data::DataError,
             ashlar_train::TrainError,

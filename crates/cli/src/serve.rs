@@ -5,7 +5,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use ashlar_api::Backend;
 use ashlar_engine::{EngineConfig, KvType, LocalBackend, MemoryPlan, PackedCache};
 use ashlar_gateway::{Config, Dialect, GatewayState, Served};
-use ashlar_store::{ReleaseRow, Store};
+use ashlar_store::{AccountSettings, Accounts, ReleaseRow, Store};
 use serde_json::{Value, json};
 use std::{
     net::SocketAddr,
@@ -75,6 +75,17 @@ fn packed_cache() -> PackedCache {
     PackedCache::new(&folder, doctor::free_bytes(&folder).unwrap_or(0) / 4)
 }
 
+/// Who is answered.
+#[derive(Debug, Clone, Copy, Default, clap::Args)]
+pub(crate) struct DoorArgs {
+    /// Answer only requests with a good key (`ashlar keys create`), as `require_keys` in the file does.
+    #[arg(long)]
+    require_keys: bool,
+    /// Answer whoever reaches the address, though it is not loopback and no keys are required.
+    #[arg(long, conflicts_with = "require_keys")]
+    no_keys: bool,
+}
+
 /// A running server.
 pub(crate) struct Server {
     address: SocketAddr,
@@ -82,6 +93,7 @@ pub(crate) struct Server {
     models: Vec<String>,
     /// The engines' memory.
     plans: Vec<MemoryPlan>,
+    accounts: Accounts,
     stop: oneshot::Sender<()>,
     task: JoinHandle<std::io::Result<()>>,
 }
@@ -92,16 +104,17 @@ pub(crate) struct Answer {
     pub response_id: String,
 }
 
-/// Binds `address`, which must be loopback: there are no keys yet to guard any
-/// other.
-pub(crate) async fn bind(address: &str) -> Result<TcpListener> {
+/// Binds `address`, which must be loopback unless `open`: keys are required, or
+/// it was said that none are.
+pub(crate) async fn bind(address: &str, open: bool) -> Result<TcpListener> {
     let listener = TcpListener::bind(address).await.with_context(|| {
         format!("cannot listen on {address}; is another server there? choose another with --listen")
     })?;
     let local = listener.local_addr()?;
     ensure!(
-        local.ip().is_loopback(),
-        "{local} is not a loopback address, and requests are not yet checked for keys; listen on 127.0.0.1"
+        open || local.ip().is_loopback(),
+        "{local} is not a loopback address and no keys are required there: listen on 127.0.0.1, \
+         give --require-keys, or --no-keys to answer whoever reaches it"
     );
     Ok(listener)
 }
@@ -160,27 +173,32 @@ pub(crate) async fn start(
     listener: TcpListener,
     engine: &EngineArgs,
 ) -> Result<Server> {
-    start_all(store, Some(model), None, listener, engine).await
+    start_all(store, Some(model), Config::default(), None, DoorArgs::default(), listener, engine).await
 }
 
-/// Serves what `model` names and what the file `config` lists.
+/// Serves what `model` names and what `routing`, read from `file`, lists.
 async fn start_all(
     store: &Store,
     model: Option<&str>,
-    config: Option<&Path>,
+    routing: Config,
+    file: Option<&Path>,
+    door: DoorArgs,
     listener: TcpListener,
     engine: &EngineArgs,
 ) -> Result<Server> {
-    let orphans = store.settle_orphans().await?;
+    let settings = &routing.accounts;
+    let accounts = Accounts::open(AccountSettings::new(settings.database(store.home())?)).await?;
+    let prices = settings.price_list()?.map(Arc::new);
+    let orphans = store.settle_orphans().await? + accounts.stats().recovered;
     if orphans > 0 {
         out::note(format!("  {orphans} responses of a killed server settled"));
     }
     let address = listener.local_addr()?;
     let mut state = GatewayState::new(Vec::new(), store.clone());
-    if let Some(path) = config {
-        state.routing = read_config(path)?;
-        state.routing_file = Some(path.to_owned());
-    }
+    state.routing = routing;
+    state.routing_file = file.map(Path::to_owned);
+    state.config.require_keys = door.require_keys;
+    (state.accounts, state.prices) = (Some(accounts.clone()), prices);
     let listed = state.routing.backends.iter().filter(|(_, b)| b.kind == Some(Dialect::Engine));
     let listed = listed.filter_map(|(name, b)| Some((Some(name.clone()), b.serve.clone()?)));
     let wanted: Vec<(Option<String>, String)> = model.map(|m| (None, m.to_owned())).into_iter().chain(listed).collect();
@@ -211,10 +229,10 @@ async fn start_all(
         // A dropped sender means the server's owner is gone: stop as well.
         let _ = stopped.await;
     }));
-    Ok(Server { address, models, plans, stop, task })
+    Ok(Server { address, models, plans, accounts, stop, task })
 }
 
-fn read_config(path: &Path) -> Result<Config> {
+pub(crate) fn read_config(path: &Path) -> Result<Config> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     Config::parse(&text).with_context(|| path.display().to_string())
 }
@@ -263,7 +281,9 @@ impl Server {
     /// Lets answers in flight finish and stops.
     pub(crate) async fn stop(self) -> Result<()> {
         let _ = self.stop.send(());
-        Ok(self.task.await??)
+        let done = self.task.await?;
+        self.accounts.close().await?;
+        Ok(done?)
     }
 
     /// Serves until Ctrl-C or a termination signal, or until serving fails.
@@ -284,14 +304,21 @@ impl Server {
 pub(crate) async fn run(
     home: &Path,
     model: Option<&str>,
-    config: Option<&Path>,
+    file: Option<&Path>,
     listen: &str,
+    door: DoorArgs,
     engine: &EngineArgs,
     as_json: bool,
 ) -> Result<()> {
     let store = Store::open(home).await?;
-    let model = model.or(config.is_none().then_some("prod"));
-    let server = start_all(&store, model, config, bind(listen).await?, engine).await?;
+    let model = model.or(file.is_none().then_some("prod"));
+    let routing = file.map(read_config).transpose()?.unwrap_or_default();
+    let keys = door.require_keys || routing.accounts.require_keys;
+    let listener = bind(listen, keys || door.no_keys).await?;
+    if door.no_keys && routing.accounts.require_keys {
+        bail!("--no-keys is given and the file requires keys: leave one out");
+    }
+    let server = start_all(&store, model, routing, file, door, listener, engine).await?;
     if as_json {
         let (address, plan) = (server.address().to_string(), server.plans.first());
         out::json(&json!({"address": address, "model": server.models.first(), "models": server.models, "memory": plan}))?;

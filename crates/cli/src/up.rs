@@ -58,7 +58,7 @@ pub(crate) async fn run(options: &Options) -> Result<()> {
     let store = Store::open(&options.home).await?;
     // Bound before the minutes of work, so that a taken port is told at once.
     let address = if options.no_serve { "127.0.0.1:0" } else { &options.listen };
-    let listener = serve::bind(address).await?;
+    let listener = serve::bind(address, false).await?;
     let began = Instant::now();
     out::note(format!(
         "ashlar up {} → {} ({} cores)",

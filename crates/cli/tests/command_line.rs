@@ -3,11 +3,11 @@
 
 mod common;
 
-use common::{ashlar, json, said};
+use common::{ashlar, json, said, served_with};
 use std::path::Path;
 
-const VERBS: [&str; 13] = [
-    "", "up", "trace", "takedown", "serve", "gateway check", "chat", "bench", "bench engine", "bench serve", "sign", "verify", "doctor",
+const VERBS: [&str; 18] = [
+    "", "up", "trace", "takedown", "serve", "gateway check", "keys", "keys create", "teams", "teams create", "usage", "chat", "bench", "bench engine", "bench serve", "sign", "verify", "doctor",
 ];
 
 #[test]
@@ -37,7 +37,11 @@ fn wrong_input_is_told_what_is_wrong_and_what_to_do() {
         (&["trace", "no-such-thing"], "no-such-thing"),
         (&["takedown", "no-such-document"], "no-such-document"),
         (&["serve", "--model", "no-such-model", "--listen", "127.0.0.1:0"], "no-such-model"),
-        (&["serve", "--listen", "0.0.0.0:0"], "loopback"),
+        (&["serve", "--listen", "0.0.0.0:0"], "--require-keys"),
+        (&["keys", "create", "k", "--limit", "tokens/day"], "requests/minute=60"),
+        (&["keys", "create", "k", "--team", "nobody"], "no team \"nobody\""),
+        (&["keys", "revoke", "nothing"], "`ashlar keys list`"),
+        (&["usage", "--from", "2026-02-30"], "no day"),
         (&["serve", "--kv-type", "int4"], "f16, bf16, f32, int8"),
         (&["verify"], "--public-key"),
         (&["sign", "no-such-folder", "--key", "no-such-key"], "no-such"),
@@ -82,6 +86,47 @@ fn a_gateway_file_is_checked_and_shown_with_its_defaults() {
             assert!(!out.status.success() && said(&out).contains(wanted), "{args:?}: {}", said(&out));
         }
     }
+}
+
+#[test]
+fn a_key_is_made_used_and_revoked() {
+    let home = tempfile::tempdir().expect("temp dir");
+    let run = |args: &[&str]| json(ashlar(home.path(), args).arg("--json"));
+    run(&["teams", "create", "ops", "--limit", "USD/month=50"]);
+    let made = run(&["keys", "create", "docs", "--team", "ops", "--model", "m*", "--limit", "requests/minute=60", "--tag", "cost=7", "--console"]);
+    let secret = made["secret"].as_str().expect("secret");
+    let file = home.path().join("gateway.toml");
+    let toml = "[backends.a]\nkind = \"vllm\"\nurl = \"http://127.0.0.1:9/v1\"\nprobe = \"\"\n\
+                [models.m]\nretries = 0\ntargets = [{ backend = \"a\" }]\n[accounts]\nprices = \"PRICES\"\n";
+    let prices = home.path().join("prices.toml");
+    std::fs::write(&prices, "version = \"1\"\ncurrency = \"USD\"\n[[price]]\nmodel = \"m\"\ninput = \"1\"\noutput = \"2\"\n").expect("write");
+    std::fs::write(&file, toml.replace("PRICES", prices.to_str().expect("UTF-8"))).expect("write");
+    let args = ["--config", file.to_str().expect("UTF-8"), "--require-keys"];
+    let (server, url, _) = served_with(home.path(), &args);
+    let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
+    let ask = |secret: &str| {
+        let request = agent.post(format!("{url}/v1/chat/completions")).header("authorization", format!("Bearer {secret}"));
+        request.send_json(serde_json::json!({"model": "m", "messages": []})).expect("an answer").status().as_u16()
+    };
+    // Nobody listens on port 9: a good key gets as far as that.
+    assert_eq!((ask("wrong"), ask(secret)), (401, 502));
+    let standing = run(&["keys", "show", "docs"])["standing"].clone();
+    assert_eq!(standing.as_array().expect("limits").len(), 2, "the key's and the team's: {standing}");
+    run(&["keys", "revoke", "docs"]);
+    let began = std::time::Instant::now();
+    while ask(secret) != 401 {
+        assert!(began.elapsed() < std::time::Duration::from_secs(10), "a revocation is seen within its time");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    drop(server);
+    assert_eq!(run(&["keys", "list"])["keys"][0]["console"], true);
+    let usage = run(&["usage", "--by", "team,finish"])["usage"].clone();
+    let error = usage.as_array().expect("sums").iter().find(|s| s["of"][1] == "error").cloned().expect("the request that failed");
+    assert!(error["requests"].as_u64() >= Some(1) && error["estimated"] == error["requests"], "{usage}");
+    let csv = home.path().join("focus.csv");
+    let rows = run(&["usage", "--export", csv.to_str().expect("UTF-8")])["rows"].as_u64().expect("count");
+    let text = std::fs::read_to_string(&csv).expect("the export");
+    assert!(rows >= 1 && text.starts_with("BilledCost,") && text.lines().count() as u64 > rows, "{text}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use crate::{
     config::{BackendSettings, ConfigError},
     health::{Health, HealthSettings, Unfit},
+    machine::Machine,
     upstream::{Anthropic, Dialect, Link, LinkSettings, Local, OpenAi, Upstream, UpstreamError},
 };
 use ashlar_api::Backend;
@@ -19,6 +20,8 @@ pub(crate) struct Node {
     pub(crate) dialect: Dialect,
     pub(crate) upstream: Box<dyn Upstream>,
     pub(crate) health: Arc<Health>,
+    /// Whose time it is, where that is what is paid for.
+    pub(crate) machine: Arc<Machine>,
     /// What it was made of; `None` for an engine.
     pub(crate) settings: Option<BackendSettings>,
     prober: Mutex<Option<AbortHandle>>,
@@ -58,7 +61,7 @@ impl Node {
         health: Arc<Health>,
         settings: Option<BackendSettings>,
     ) -> Self {
-        Self { name, dialect, upstream, health, settings, prober: Mutex::new(None) }
+        Self { name, dialect, upstream, health, machine: Arc::default(), settings, prober: Mutex::new(None) }
     }
 
     /// A server.

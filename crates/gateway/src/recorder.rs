@@ -3,101 +3,49 @@
 //! Every completion endpoint goes through [`Recorder`]. It settles when the
 //! answer ends, when it fails, or, through its drop, when whoever held it went
 //! away: a client that disconnects drops its HTTP body and with it the
-//! recorder. All entries pass one writer task in order, so that a settlement
-//! never overtakes its admission and dropping needs no runtime.
+//! recorder. All entries pass one writer task in order (`ledger`), so that a
+//! settlement never overtakes its admission and dropping needs no runtime.
+//!
+//! With accounts, a request's reservation there is its admission, written before
+//! anything of the answer leaves. When it is over, its usage row and its response
+//! row are written once each, in this order, some milliseconds later, in batches
+//! that nobody waits for: a process killed before leaves the reservation, which
+//! settles as killed, and so does the response. Without accounts, the response is admitted in
+//! the ledger, and its end is waited for. Either way it is in the ledger for
+//! whoever looks at it over HTTP (`Ledger::flush`).
 //!
 //! What may not happen here: a second settlement (`open` is cleared by the
 //! first, the store checks it again), or an answer without an admission: nothing
-//! of it leaves before the store has acknowledged that ([`Recorder::admitted`]).
-//! The backend is asked meanwhile, so that its time and the disk's are not added
-//! up. A killed process leaves admissions open; `Store::settle_orphans` closes
-//! those at the next start.
+//! of it leaves before that is acknowledged ([`Recorder::admitted`]). The backend
+//! is asked meanwhile, so that its time and the disk's are not added up. A killed
+//! process leaves admissions open; `Store::settle_orphans` and the opening of the
+//! accounts close those.
 //!
 //! Rejected: a task spawned by each drop, which races with its own admission
 //! and with the end of the process.
 
 use crate::{
-    app::{App, Prices},
+    app::App,
     ask::Ask,
-    metrics::{Metrics, Sample},
+    ledger::Entry,
+    machine::Share,
+    metrics::Sample,
     refusal,
     route::{Decision, Target},
     upstream::{End as Ending, Piece, Tokens},
 };
 use ashlar_api::Timings;
 use ashlar_core::clock;
-use ashlar_store::{Admission, Settlement, Store, StoreError};
+use ashlar_store::{Accounts, Admission, Answered, Cost, Counts, Ended, Finish, Reservation, Settlement, StoreError, Used};
 use std::{
     collections::BTreeMap,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
-use tokio::sync::{mpsc, oneshot};
-
-/// Most entries taken at once.
-const BATCH: usize = 256;
-
-enum Entry {
-    Admit(Admission, oneshot::Sender<Result<(), StoreError>>),
-    Settle(String, Settlement, Option<oneshot::Sender<()>>),
-    Flush(oneshot::Sender<()>),
-}
-
-/// The way to the writer task.
-pub(crate) struct Ledger(mpsc::UnboundedSender<Entry>);
-
-impl Ledger {
-    /// A ledger and the task that writes it; the task ends when the ledger and
-    /// every recorder are gone.
-    pub(crate) fn new(store: Store, metrics: Arc<Metrics>) -> (Self, impl Future<Output = ()>) {
-        let (tx, mut rx) = mpsc::unbounded_channel();
-        let writer = async move {
-            let mut batch = Vec::with_capacity(BATCH);
-            while rx.recv_many(&mut batch, BATCH).await > 0 {
-                write(&store, &metrics, batch.drain(..)).await;
-            }
-        };
-        (Self(tx), writer)
-    }
-
-    /// Waits until all entries so far are written.
-    pub(crate) async fn flush(&self) {
-        let (ack, done) = oneshot::channel();
-        if self.0.send(Entry::Flush(ack)).is_ok() {
-            let _ = done.await;
-        }
-    }
-}
-
-/// Writes entries in their order. A receiver that is gone does not wait for the
-/// answer.
-async fn write(store: &Store, metrics: &Metrics, batch: impl Iterator<Item = Entry>) {
-    for entry in batch {
-        match entry {
-            Entry::Admit(admission, ack) => {
-                let result = store.admit(&admission).await;
-                if result.is_err() {
-                    metrics.ledger_error();
-                }
-                let _ = ack.send(result);
-            }
-            Entry::Settle(id, settlement, ack) => {
-                if store.settle(&id, &settlement).await.is_err() {
-                    metrics.ledger_error();
-                }
-                if let Some(ack) = ack {
-                    let _ = ack.send(());
-                }
-            }
-            Entry::Flush(ack) => {
-                let _ = ack.send(());
-            }
-        }
-    }
-}
+use tokio::sync::oneshot;
 
 /// A response in flight, as the console shows it.
 pub(crate) struct Live {
@@ -155,6 +103,8 @@ pub(crate) struct Intake {
     /// Tokens of the prompt, guessed: what is booked when no one counts.
     pub(crate) prompt_estimate: u32,
     pub(crate) decision: Arc<Decision>,
+    /// What is set aside for it in the accounts.
+    pub(crate) reservation: Option<Reservation>,
 }
 
 /// How a response ended.
@@ -169,7 +119,15 @@ pub(crate) struct Recorder {
     app: Arc<App>,
     live: Arc<Live>,
     decision: Arc<Decision>,
-    price: Option<Prices>,
+    reservation: Option<Reservation>,
+    /// Who it was admitted for.
+    first: Answered,
+    /// What is written with its end, where the accounts have admitted it.
+    unwritten: Option<Admission>,
+    /// Who it is with, and under which name for clients.
+    target: Option<(Arc<Target>, String)>,
+    /// Its part of that target's machine, where it is measured.
+    share: Option<Share>,
     prompt_estimate: u32,
     /// Something was sent to a backend that bills by what it reads.
     remote: bool,
@@ -178,7 +136,7 @@ pub(crate) struct Recorder {
     refused: bool,
     cached: u32,
     started: Option<Instant>,
-    first: Option<Instant>,
+    first_token: Option<Instant>,
     last: Option<Instant>,
     /// The store's word on the admission, until it is heard.
     admitted: Option<oneshot::Receiver<Result<(), StoreError>>>,
@@ -200,6 +158,11 @@ impl Recorder {
             ttft_us: AtomicU64::new(0),
         });
         app.live.with(|t| t.insert(live.id.clone(), live.clone()));
+        let first = Answered {
+            release: intake.release.clone(),
+            model: intake.model.clone(),
+            backend: intake.backend.clone(),
+        };
         let (ack, admitted) = oneshot::channel();
         let admission = Admission {
             id: intake.id,
@@ -211,39 +174,55 @@ impl Recorder {
             seed: intake.seed,
             stream: intake.stream,
         };
-        let sent = app.ledger.0.send(Entry::Admit(admission, ack)).is_ok();
+        let (admitted, unwritten, open) = match intake.reservation {
+            Some(_) => (None, Some(admission), true),
+            None => (Some(admitted), None, app.ledger.send(Entry::Admit(admission, ack))),
+        };
         // From here on the drop settles, also when the client leaves while the
         // store is still writing: the settlement is behind the admission.
         Self {
             app,
             live,
             decision: intake.decision,
-            price: None,
+            reservation: intake.reservation,
+            first,
+            unwritten,
+            target: None,
+            share: None,
             prompt_estimate: intake.prompt_estimate,
             remote: false,
             answer: String::new(),
             refused: false,
             cached: 0,
             started: None,
-            first: None,
+            first_token: None,
             last: None,
-            admitted: Some(admitted),
-            open: sent,
+            admitted,
+            open,
         }
     }
 
     /// Waits until the admission is written.
     ///
     /// # Errors
-    /// When the store does not take it; there is nothing to settle then.
-    pub(crate) async fn admitted(&mut self) -> Result<(), StoreError> {
-        let Some(word) = self.admitted.take() else { return Ok(()) };
-        let gone = || StoreError::Task("the ledger's writer has ended".into());
-        let result = word.await.unwrap_or_else(|_| Err(gone()));
-        if result.is_err() {
-            self.open = false;
+    /// When it is not taken; there is nothing to settle then but, with accounts,
+    /// the response, which says so.
+    pub(crate) async fn admitted(&mut self) -> Result<(), String> {
+        if let Some(word) = self.admitted.take() {
+            let gone = |_| Err(StoreError::Task("the ledger's writer has ended".into()));
+            if let Err(e) = word.await.unwrap_or_else(gone) {
+                self.open = false;
+                return Err(e.to_string());
+            }
         }
-        result
+        if let Some(reservation) = &mut self.reservation
+            && let Err(e) = reservation.durable().await
+        {
+            self.reservation = None;
+            self.fail(&e.to_string()).await;
+            return Err(e.to_string());
+        }
+        Ok(())
     }
 
     pub(crate) fn id(&self) -> &str {
@@ -260,9 +239,14 @@ impl Recorder {
         self.app.metrics.upstream_error(backend, class);
     }
 
-    /// The request is with `target` from now on.
-    pub(crate) fn sent_to(&mut self, target: &Target, remote: bool) {
-        self.price = target.price;
+    /// The request is with `target` from now on, as `model` for clients.
+    pub(crate) fn sent_to(&mut self, target: &Arc<Target>, model: &str, remote: bool) {
+        let same = self.target.as_ref().is_some_and(|(t, _)| Arc::ptr_eq(&t.node, &target.node));
+        if !same {
+            let measured = self.app.by_machine(target, self.live.at_ms);
+            self.share = measured.then(|| target.node.machine.share(Instant::now()));
+        }
+        self.target = Some((target.clone(), model.to_owned()));
         self.remote = remote;
     }
 
@@ -289,7 +273,7 @@ impl Recorder {
         match self.last {
             Some(last) => self.app.metrics.token_gap((now - last).as_secs_f64()),
             None => {
-                self.first = Some(now);
+                self.first_token = Some(now);
                 let us = (now - self.live.arrived).as_micros();
                 let us = u64::try_from(us).unwrap_or(u64::MAX - 1);
                 self.live.ttft_us.store(us + 1, Relaxed);
@@ -309,8 +293,14 @@ impl Recorder {
     }
 
     async fn settle_and_wait(&mut self, end: End<'_>) {
-        let (ack, written) = oneshot::channel();
-        if self.settle(end, Some(ack)) {
+        // The accounts' word on the admission is enough to let the end leave.
+        let (ack, written) = if self.unwritten.is_some() { (None, None) } else {
+            let (ack, written) = oneshot::channel();
+            (Some(ack), Some(written))
+        };
+        if self.settle(end, ack)
+            && let Some(written) = written
+        {
             let _ = written.await;
         }
     }
@@ -332,52 +322,105 @@ impl Recorder {
                 ..Tokens::default()
             },
         };
-        let since = |t: Option<Instant>| t.map(|t| (t - self.live.arrived).as_secs_f64());
-        let (finish, tokens, queue_s, error, refused) = match end {
+        let since = |t: Option<Instant>| t.map(|t| t - self.live.arrived);
+        let (finish, tokens, queue, error, refused) = match end {
             End::Done(end) => {
-                let queue_s = end.timings.map(|t: Timings| t.queue_ms / 1e3);
-                (end.finish.as_str(), end.tokens, queue_s, None, end.refused)
+                let queue = end.timings.map(|t: Timings| Duration::from_secs_f64(t.queue_ms.max(0.0) / 1e3));
+                (ledger_finish(end.finish), end.tokens, queue, None, end.refused)
             }
-            End::Failed(e) => ("error", counted, since(self.started), Some(e.to_owned()), false),
-            End::Cancelled => ("cancelled", counted, since(self.started), None, false),
+            End::Failed(e) => (Finish::Error, counted, since(self.started), Some(e.to_owned()), false),
+            End::Cancelled => (Finish::Cancelled, counted, since(self.started), None, false),
         };
         self.decision.settled(tokens);
-        let usage = tokens.usage();
-        let (ttft_s, total_s) = (since(self.first), self.live.arrived.elapsed().as_secs_f64());
-        let cost = self.price.unwrap_or(self.app.state.config.prices).cost(&usage);
+        let (ttft, total) = (since(self.first_token), self.live.arrived.elapsed());
         let refusal = refused || refusal::opens_with_refusal(&self.answer);
         self.refused = refusal;
+        let answered = self.target.as_ref().map(|(target, model)| Answered {
+            release: self.app.release_of(target),
+            model: model.clone(),
+            backend: target.node.name.clone(),
+        });
+        let target = self.target.as_ref().map(|(t, _)| t);
+        let machine_us = self.share.take().map_or(0, |s| s.micros(Instant::now()));
+        let (cost, usage_row) = match self.reservation.take() {
+            Some(reservation) => {
+                let used = Used {
+                    tokens: tokens.classes(),
+                    counts: if tokens.estimated { Counts::Estimated } else { Counts::Measured },
+                    machine_us,
+                    model: target.map(|t| t.model.clone()),
+                    backend: target.map(|t| t.node.name.clone()),
+                    release: answered.as_ref().and_then(|a| a.release.clone()),
+                    queue_us: queue.map_or(0, micros),
+                    ttft_us: ttft.map(micros),
+                    total_us: micros(total),
+                    error: error.clone(),
+                    refusal,
+                    ..Used::new(finish)
+                };
+                let settled = reservation.settle(used);
+                (settled.cost.clone(), Some(settled))
+            }
+            None => (self.app.cost(target.map(|t| &**t), self.live.at_ms, &tokens.classes(), machine_us), None),
+        };
+        let usage = tokens.usage();
         self.app.metrics.settled(&Sample {
             model: &self.live.model,
             endpoint: self.live.endpoint,
-            finish,
+            finish: finish.as_str(),
             prompt_tokens: usage.prompt_tokens,
             cached_tokens: usage.cached_tokens(),
             completion_tokens: usage.completion_tokens,
-            queue_s,
-            ttft_s,
-            total_s,
+            queue_s: queue.map(|d| d.as_secs_f64()),
+            ttft_s: ttft.map(|d| d.as_secs_f64()),
+            total_s: total.as_secs_f64(),
             refusal,
-            cost,
+            cost: amount(&cost),
             estimated: tokens.estimated,
         });
         let answer = std::mem::take(&mut self.answer);
-        let settlement = Settlement {
-            finish: finish.to_owned(),
-            prompt_tokens: usage.prompt_tokens.into(),
-            cached_tokens: usage.cached_tokens().into(),
-            completion_tokens: usage.completion_tokens.into(),
-            queue_ms: queue_s.unwrap_or(0.0) * 1e3,
-            ttft_ms: ttft_s.unwrap_or(0.0) * 1e3,
-            total_ms: total_s * 1e3,
-            cost,
-            refusal,
-            answer: (!answer.is_empty()).then_some(answer),
-            error,
+        let ms = |d: Option<Duration>| d.map_or(0.0, |d| d.as_secs_f64() * 1e3);
+        let ended = Ended {
+            id: self.live.id.clone(),
+            admission: self.unwritten.take(),
+            settlement: Settlement {
+                finish: finish.as_str().to_owned(),
+                prompt_tokens: usage.prompt_tokens.into(),
+                cached_tokens: usage.cached_tokens().into(),
+                completion_tokens: usage.completion_tokens.into(),
+                queue_ms: ms(queue),
+                ttft_ms: ms(ttft),
+                total_ms: ms(Some(total)),
+                cost: cost.total,
+                refusal,
+                answer: (!answer.is_empty()).then_some(answer),
+                error,
+            },
+            answered: answered.filter(|a| *a != self.first),
+            route: serde_json::to_string(&*self.decision).ok(),
         };
-        let entry = Entry::Settle(self.live.id.clone(), settlement, ack);
-        self.app.ledger.0.send(entry).is_ok()
+        self.app.ledger.send(Entry::Settle(ended, usage_row, ack))
     }
+}
+
+/// The ledger's name of an end.
+fn ledger_finish(finish: ashlar_api::Finish) -> Finish {
+    match finish {
+        ashlar_api::Finish::Stop => Finish::Stop,
+        ashlar_api::Finish::Length => Finish::Length,
+        ashlar_api::Finish::ToolCalls => Finish::ToolCalls,
+        ashlar_api::Finish::ContentFilter => Finish::ContentFilter,
+        ashlar_api::Finish::Cancelled => Finish::Cancelled,
+    }
+}
+
+fn micros(d: Duration) -> u64 {
+    u64::try_from(d.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// A cost for a counter of floats.
+fn amount(cost: &Cost) -> Option<f64> {
+    cost.total.map(|d| d.picos() as f64 / 1e12)
 }
 
 impl Drop for Recorder {
@@ -389,13 +432,29 @@ impl Drop for Recorder {
 
 /// Books a request that was sent to `target` and beaten by another: a row of its
 /// own, with the prompt guessed.
-pub(crate) fn book_lost(app: &Arc<App>, ask: &Ask, model: &str, target: &Target) {
-    let id = ashlar_core::id::new(ask.endpoint.id_prefix());
+pub(crate) fn book_lost(app: &App, ask: &Ask, model: &str, target: &Target, id: &str, reservation: Option<Reservation>) {
+    let why = "a hedge that lost; its tokens are estimated";
     let tokens = Tokens::estimate(ask.prompt_estimate(), 0);
-    let cost = target.price.unwrap_or(app.state.config.prices).cost(&tokens.usage());
+    let total = ask.arrived.elapsed();
+    let (cost, usage) = match reservation {
+        Some(reservation) => {
+            let settled = reservation.settle(Used {
+                tokens: tokens.classes(),
+                counts: Counts::Estimated,
+                model: Some(target.model.clone()),
+                backend: Some(target.node.name.clone()),
+                release: app.release_of(target),
+                total_us: micros(total),
+                error: Some(why.into()),
+                ..Used::new(Finish::Cancelled)
+            });
+            (settled.cost.clone(), Some(settled))
+        }
+        None => (app.cost(Some(target), clock::now_ms(), &tokens.classes(), 0), None),
+    };
     let admission = Admission {
-        id: id.clone(),
-        release: None,
+        id: id.to_owned(),
+        release: app.release_of(target),
         model: model.to_owned(),
         backend: target.node.name.clone(),
         endpoint: ask.endpoint.path().to_owned(),
@@ -404,17 +463,51 @@ pub(crate) fn book_lost(app: &Arc<App>, ask: &Ask, model: &str, target: &Target)
         stream: ask.stream,
     };
     let settlement = Settlement {
-        finish: "cancelled".into(),
+        finish: Finish::Cancelled.as_str().to_owned(),
         prompt_tokens: tokens.prompt().into(),
-        total_ms: ask.arrived.elapsed().as_secs_f64() * 1e3,
-        cost,
-        error: Some("a hedge that lost; its tokens are estimated".into()),
+        total_ms: total.as_secs_f64() * 1e3,
+        cost: cost.total,
+        error: Some(why.into()),
         ..Settlement::default()
     };
-    let (ack, _) = oneshot::channel();
-    // The writer takes both in this order, and no one waits for them.
-    let sent = app.ledger.0.send(Entry::Admit(admission, ack));
-    if sent.is_ok() && app.ledger.0.send(Entry::Settle(id, settlement, None)).is_err() {
+    let ended = Ended { id: id.to_owned(), admission: Some(admission), settlement, answered: None, route: None };
+    if !app.ledger.send(Entry::Settle(ended, usage, None)) {
         app.metrics.ledger_error();
+    }
+}
+
+/// Writes down the responses of processes that died, where they could not do so
+/// themselves: those killed under way, and those whose end is in the accounts
+/// alone.
+pub(crate) fn record_left(app: &App) {
+    for row in app.state.accounts.iter().flat_map(Accounts::take_left) {
+        let count = |n: i64| n.max(0).unsigned_abs();
+        let killed = row.finish == Finish::Killed;
+        let t = &row.tokens;
+        let settlement = Settlement {
+            finish: row.finish.as_str().to_owned(),
+            // Of one that was killed nobody knows how far it came.
+            prompt_tokens: if killed { 0 } else { count(t.input) + count(t.cache_read) + count(t.cache_write) },
+            cached_tokens: if killed { 0 } else { count(t.cache_read) },
+            completion_tokens: if killed { 0 } else { count(t.output) + count(t.reasoning) },
+            queue_ms: row.queue_us as f64 / 1e3,
+            ttft_ms: row.ttft_us.unwrap_or(0) as f64 / 1e3,
+            total_ms: row.total_us as f64 / 1e3,
+            cost: row.cost.cost,
+            refusal: row.refusal,
+            answer: None,
+            error: row.error,
+        };
+        let admission = Admission {
+            id: row.id.clone(),
+            release: row.release,
+            model: row.model,
+            backend: row.backend,
+            endpoint: row.endpoint,
+            at_ms: row.at_ms,
+            seed: None,
+            stream: row.stream,
+        };
+        app.ledger.send(Entry::Left(Ended { id: row.id, admission: Some(admission), settlement, answered: None, route: None }));
     }
 }

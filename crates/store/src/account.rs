@@ -37,7 +37,7 @@
 
 mod admin;
 mod cells;
-mod db;
+pub(crate) mod db;
 mod directory;
 mod error;
 mod export;
@@ -56,7 +56,7 @@ pub use export::{FOCUS_COLUMNS, FocusIssuer, focus_rows, write_focus_csv};
 pub use key::{Access, Denied, Key, KeySettings, Secret, Team, TeamSettings};
 pub use limit::{Exceeded, Limit, Measure, Scope};
 pub use price::{Cost, PriceList, TokenClass, Tokens};
-pub use reserve::{Request, Reservation, Settled, Used};
+pub use reserve::{Left, Request, Reservation, Settled, Used};
 pub use usage::{CostColumns, Counts, Dimension, Finish, TokenColumns, UsageFilter, UsageRow, UsageSum};
 
 use ashlar_core::{Digest, clock, digest::to_hex};
@@ -150,10 +150,21 @@ struct Shared {
     prices: RwLock<Option<Arc<PriceList>>>,
     directory: Directory,
     stats: Stats,
+    /// What the dead left and nobody fetched yet.
+    left: Mutex<Vec<UsageRow>>,
     last_error: Mutex<Option<String>>,
 }
 
 impl Shared {
+    /// Keeps some ten thousand rows: who fetches them does so often.
+    fn died(&self, swept: sweep::Swept) {
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        left.extend(swept.killed);
+        left.extend(swept.last);
+        let over = left.len().saturating_sub(1 << 16);
+        left.drain(..over);
+    }
+
     fn prices(&self) -> Option<Arc<PriceList>> {
         self.prices.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -203,7 +214,8 @@ impl Accounts {
         }
         let db = Db::open(&settings.database).await?;
         let salt = admin::salt(&db).await?;
-        let recovered = sweep::sweep(&db, &settings, "").await?;
+        let swept = sweep::sweep(&db, &settings, "").await?;
+        let recovered = swept.killed.len() as u64;
         let directory = Directory::new(settings.stale);
         directory.refresh(&db).await?;
         let member = Member::join(&db, &settings).await?;
@@ -214,8 +226,10 @@ impl Accounts {
             prices: RwLock::default(),
             directory,
             stats: Stats::default(),
+            left: Mutex::default(),
             last_error: Mutex::default(),
         });
+        shared.died(swept);
         let writer = Writer::new(db.clone(), settings.clone(), &shared, member);
         // Ends by itself: with `close`, or with the last reservation.
         drop(tokio::spawn(writer.run(queue)));
@@ -241,6 +255,14 @@ impl Accounts {
     /// Why it is not let in.
     pub fn authenticate(&self, secret: &str) -> Result<Arc<Access>, Denied> {
         self.shared().directory.authenticate(secret, clock::now_ms())
+    }
+
+    /// The key of this id, if it is good now: for whoever showed its secret before.
+    ///
+    /// # Errors
+    /// Why it is not let in.
+    pub fn access(&self, id: &str) -> Result<Arc<Access>, Denied> {
+        self.shared().directory.access(id, clock::now_ms())
     }
 
     /// The end user's name as the ledger has it: hashed with a salt of this
@@ -297,7 +319,17 @@ impl Accounts {
     /// # Errors
     /// When the database cannot be reached.
     pub async fn settle_dead(&self) -> Result<u64, AccountError> {
-        sweep::sweep(self.db(), &self.0.settings, "").await
+        let swept = sweep::sweep(self.db(), &self.0.settings, "").await?;
+        let n = swept.killed.len() as u64;
+        self.shared().died(swept);
+        Ok(n)
+    }
+
+    /// The rows of processes that are gone, found since this was last called: what
+    /// was settled for them, and what they had settled last themselves. For whoever
+    /// keeps records beside the ledger that may have been cut off.
+    pub fn take_left(&self) -> Vec<UsageRow> {
+        std::mem::take(&mut *self.shared().left.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Writes what is left, gives all claims back and closes the connections.

@@ -27,7 +27,7 @@ use std::{
 };
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
-const MIGRATIONS: &[&str] = &[include_str!("schema/1.sql")];
+const MIGRATIONS: &[&str] = &[include_str!("schema/1.sql"), include_str!("schema/2.sql")];
 
 const README: &str = "This folder is an Ashlar home: objects, their ledger and its log.\n\
 Several processes may use it at once. Nothing in it is meant to be edited by hand;\n\
@@ -44,6 +44,9 @@ pub(crate) struct Inner {
     pub(crate) home: PathBuf,
     pub(crate) objects: Objects,
     pub(crate) pool: SqlitePool,
+    /// The one connection that writes: taken from a pool of several it would find
+    /// its cached pages stale at each turn.
+    write_pool: SqlitePool,
     /// Names this opening of the home in the responses it admits.
     pub(crate) session: String,
     writer: Arc<Mutex<()>>,
@@ -106,7 +109,15 @@ impl Store {
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Normal)
             .foreign_keys(true)
-            .busy_timeout(Duration::from_secs(60));
+            .busy_timeout(Duration::from_secs(60))
+            // Else a batch of some size makes a file to be undone from.
+            .pragma("temp_store", "MEMORY");
+        let write_pool = SqlitePoolOptions::new()
+            .max_connections(1)
+            .idle_timeout(None)
+            .max_lifetime(None)
+            .test_before_acquire(false)
+            .connect_lazy_with(options.clone());
         let objects = Objects(home.join("objects/sha256"));
         let session = id::new("session");
         let connect = SqlitePoolOptions::new()
@@ -134,6 +145,7 @@ impl Store {
             home,
             objects,
             pool,
+            write_pool,
             session,
             writer: Arc::new(Mutex::new(())),
             _home_lock: home_lock,
@@ -153,6 +165,7 @@ impl Store {
     /// last one does so too, but some time later: whoever copies or replaces the
     /// files waits for this.
     pub async fn close(self) {
+        self.inner.write_pool.close().await;
         self.pool().close().await;
     }
 
@@ -162,7 +175,7 @@ impl Store {
 
     pub(crate) async fn write(&self) -> Result<Write, StoreError> {
         let guard = self.inner.writer.clone().lock_owned().await;
-        let tx = self.pool().begin_with("BEGIN IMMEDIATE").await?;
+        let tx = self.inner.write_pool.begin_with("BEGIN IMMEDIATE").await?;
         Ok(Write {
             tx,
             _one_writer: guard,

@@ -177,6 +177,7 @@ async fn answer(socket: &mut (impl AsyncRead + AsyncWrite + Unpin), request: &Se
             pause(400).await;
             return good(socket, stream, Some(usage())).await;
         }
+        "tools" => send!(json("200 OK", "", &whole(Some(usage())).replace("\"stop\"", "\"tool_calls\""))),
         "no-json" => send!(json("200 OK", "", "<html>gateway down</html>")),
         "error-200" => send!(json("200 OK", "", r#"{"error":{"message":"too long","code":400,"type":"invalid_request_error"}}"#)),
         "wrong-usage" => return good(socket, stream, Some(json!({"prompt_tokens": -1, "completion_tokens": "many"}))).await,

@@ -16,7 +16,7 @@ use tokio::io::AsyncReadExt as _;
 const CHAT: &str = "/v1/chat/completions";
 
 /// A model of the mock as a model here, on a backend of its own.
-fn config(mock: &Mock, models: &[&str]) -> String {
+pub(crate) fn config(mock: &Mock, models: &[&str]) -> String {
     let mut toml = String::new();
     for model in models {
         toml += &format!(
@@ -233,7 +233,7 @@ async fn a_client_that_leaves_is_noticed_upstream() {
     server.stop().await;
 }
 
-fn two(mock: &Mock, first: &str, second: &str, more: &str) -> String {
+pub(crate) fn two(mock: &Mock, first: &str, second: &str, more: &str) -> String {
     let backend = |name: &str| {
         format!("[backends.{name}]\nkind = \"vllm\"\nurl = \"{}\"\nprobe = \"\"\nbreaker_failures = 3\nbreaker_open_s = 60\n", mock.url())
     };

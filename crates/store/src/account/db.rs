@@ -23,7 +23,7 @@ use std::{
 };
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
-const MIGRATIONS: &[&str] = &[include_str!("schema/1.sql"), include_str!("schema/2.sql")];
+const MIGRATIONS: &[&str] = &[include_str!("schema/1.sql"), include_str!("schema/2.sql"), include_str!("schema/3.sql")];
 
 /// PostgreSQL's advisory locks, numbers of our own choosing: "ashl" + one digit.
 const MIGRATE_LOCK: &str = "418430774321";
@@ -58,7 +58,9 @@ impl FromStr for Database {
 
 #[derive(Debug, Clone)]
 enum Pool {
-    Sqlite(SqlitePool),
+    /// Readers, and the one connection that writes: taken from a pool of several
+    /// it would find its cached pages stale at each turn.
+    Sqlite(SqlitePool, SqlitePool),
     Postgres(PgPool),
 }
 
@@ -90,9 +92,12 @@ impl Db {
                     .create_if_missing(true)
                     .journal_mode(SqliteJournalMode::Wal)
                     .synchronous(SqliteSynchronous::Normal)
-                    .busy_timeout(Duration::from_secs(60));
-                let pool = SqlitePoolOptions::new().max_connections(4).test_before_acquire(false);
-                Pool::Sqlite(pool.connect_with(options).await?)
+                    .busy_timeout(Duration::from_secs(60))
+                    // Else a batch of some size makes a file to be undone from.
+                    .pragma("temp_store", "MEMORY");
+                let pool = |n| SqlitePoolOptions::new().max_connections(n).max_lifetime(None).test_before_acquire(false);
+                let writer = pool(1).idle_timeout(None).connect_with(options.clone()).await?;
+                Pool::Sqlite(pool(3).connect_lazy_with(options), writer)
             }
             Database::Postgres(url) => {
                 let options: PgConnectOptions = url.parse()?;
@@ -108,14 +113,17 @@ impl Db {
 
     pub(super) async fn close(&self) {
         match &self.pool {
-            Pool::Sqlite(p) => p.close().await,
+            Pool::Sqlite(readers, writer) => {
+                readers.close().await;
+                writer.close().await;
+            }
             Pool::Postgres(p) => p.close().await,
         }
     }
 
     pub(super) async fn begin(&self) -> Result<Tx, AccountError> {
         Ok(match &self.pool {
-            Pool::Sqlite(p) => {
+            Pool::Sqlite(_, p) => {
                 let guard = self.writer.clone().lock_owned().await;
                 let tx = p.begin_with("BEGIN IMMEDIATE").await?;
                 Tx { inner: Inner::Sqlite(tx), _one_writer: Some(guard) }
@@ -127,7 +135,7 @@ impl Db {
     /// Rows of a query outside a transaction.
     pub(super) async fn rows(&self, sql: &str, args: &[&str]) -> Result<Vec<String>, AccountError> {
         Ok(match &self.pool {
-            Pool::Sqlite(p) => {
+            Pool::Sqlite(p, _) => {
                 let sql = sqlite(sql);
                 let query = args.iter().fold(sqlx::query_scalar(&sql), |q, a| q.bind(*a));
                 query.fetch_all(p).await?
@@ -263,7 +271,7 @@ fn put(sql: &str, each: impl Fn(&str) -> String, words: [(&str, &str); 5]) -> St
 
 /// A batch of rows as one argument. PostgreSQL's text holds no NUL: it becomes
 /// the replacement character.
-pub(super) fn batch<T: serde::Serialize + ?Sized>(rows: &T) -> Result<String, AccountError> {
+pub(crate) fn batch<T: serde::Serialize + ?Sized>(rows: &T) -> Result<String, AccountError> {
     let text = serde_json::to_string(rows)?;
     Ok(if text.contains("\\u0000") { without_nul(&text) } else { text })
 }

@@ -73,6 +73,8 @@ pub struct Used {
     pub backend: Option<String>,
     /// The adapter that answered, where it is another.
     pub adapter: Option<String>,
+    /// The release that answered, or none; it counts where `backend` is given.
+    pub release: Option<String>,
     /// Microseconds before the first forward pass.
     pub queue_us: u64,
     /// Microseconds to the first token, where there was one.
@@ -98,6 +100,7 @@ impl Used {
             model: None,
             backend: None,
             adapter: None,
+            release: None,
             queue_us: 0,
             ttft_us: None,
             total_us: 0,
@@ -113,13 +116,20 @@ impl Used {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Open {
     pub(super) id: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     attempt_of: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     api_key: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     team: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     end_user: Option<String>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     tags: BTreeMap<String, String>,
     model: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     adapter: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     release: Option<String>,
     backend: String,
     endpoint: String,
@@ -143,7 +153,7 @@ impl Open {
             tags: self.tags.clone(),
             model: used.model.unwrap_or_else(|| self.model.clone()),
             adapter: used.adapter.or_else(|| self.adapter.clone()),
-            release: self.release.clone(),
+            release: if used.backend.is_some() { used.release } else { self.release.clone() },
             backend: used.backend.unwrap_or_else(|| self.backend.clone()),
             endpoint: self.endpoint.clone(),
             stream: self.stream,
@@ -194,6 +204,17 @@ pub struct Reservation {
     written: Option<oneshot::Receiver<Result<(), AccountError>>>,
 }
 
+/// A limit and what of it is left beside this request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Left {
+    /// The limit.
+    pub limit: Limit,
+    /// What is left, as far as this replica knows.
+    pub left: Decimal,
+    /// When the window ends.
+    pub ends_ms: Option<i64>,
+}
+
 /// The settlement of a request on its way to the ledger.
 #[derive(Debug)]
 pub struct Settled {
@@ -203,6 +224,15 @@ pub struct Settled {
 }
 
 impl Settled {
+    /// Whether the row is in the ledger by now, or will not get there from here:
+    /// its process ends.
+    pub fn is_written(&mut self) -> bool {
+        let waits = |(written, _): &mut (oneshot::Receiver<()>, _)| {
+            matches!(written.try_recv(), Err(oneshot::error::TryRecvError::Empty))
+        };
+        !self.written.as_mut().is_some_and(waits)
+    }
+
     /// Waits until the row is in the ledger. Need not be called: the row gets
     /// there anyway.
     ///
@@ -349,6 +379,30 @@ impl Reservation {
             }
         }
         result
+    }
+
+    /// What is left of each of its limits.
+    pub fn left(&self) -> Vec<Left> {
+        if self.needs.is_empty() {
+            return Vec::new();
+        }
+        let front = self.shared.cells.lock();
+        let left = |n: &Need| Left {
+            limit: n.bound.limit.clone(),
+            left: Decimal::from_picos(front.left(n).max(0)),
+            ends_ms: n.end_ms,
+        };
+        self.needs.iter().map(left).collect()
+    }
+
+    /// Takes it back without a row: its request was never sent, and another row
+    /// stands for what was.
+    pub fn withdraw(mut self) {
+        if self.open {
+            self.release();
+            let entry = Settle { id: self.facts.id.clone(), row: None, generation: u64::MAX, spent: Vec::new(), ack: None };
+            let _ = self.shared.entries.send(Entry::Settle(entry));
+        }
     }
 
     /// Settles with what was used. Returns at once; the row is written in the

@@ -13,7 +13,7 @@ use super::{
     cells::CellId,
     db::{self, Database, Db, Tx},
     reserve::Open,
-    usage,
+    usage::{self, UsageRow},
     writer::{CounterRow, put_counters},
 };
 use crate::lock::{self, Lock};
@@ -23,6 +23,22 @@ use std::{collections::HashMap, sync::Arc};
 /// Counters of windows that ended longer ago are deleted, in milliseconds.
 const KEEP: &str = "172800000";
 
+/// What was found of dead replicas.
+#[derive(Debug, Default)]
+pub(super) struct Swept {
+    /// Settled now.
+    pub(super) killed: Vec<UsageRow>,
+    /// What they had settled last, themselves.
+    pub(super) last: Vec<UsageRow>,
+}
+
+impl Swept {
+    fn add(&mut self, other: Self) {
+        self.killed.extend(other.killed);
+        self.last.extend(other.last);
+    }
+}
+
 /// Takes the file that says that `replica` lives.
 pub(super) fn lock(settings: &AccountSettings, replica: &str) -> Result<Option<Lock>, AccountError> {
     match &settings.database {
@@ -31,13 +47,13 @@ pub(super) fn lock(settings: &AccountSettings, replica: &str) -> Result<Option<L
     }
 }
 
-/// Settles what dead replicas left open; how many requests.
-pub(super) async fn sweep(db: &Db, settings: &AccountSettings, own: &str) -> Result<u64, AccountError> {
-    let mut settled = 0;
+/// Settles what dead replicas left open; what was found.
+pub(super) async fn sweep(db: &Db, settings: &AccountSettings, own: &str) -> Result<Swept, AccountError> {
+    let mut settled = Swept::default();
     let sql = "SELECT CAST(ROW_OF(id, lease_until_ms - NOW_MS) AS TEXT) FROM replica WHERE id <> $1";
     for row in db.rows(sql, &[own]).await? {
         let (id, left_ms): (String, i64) = serde_json::from_str(&row)?;
-        settled += match &settings.database {
+        settled.add(match &settings.database {
             Database::Sqlite(file) => {
                 let path = db::lock_file(file, &id);
                 let Some(_dead) = lock::try_exclusive(&path)? else { continue };
@@ -48,7 +64,7 @@ pub(super) async fn sweep(db: &Db, settings: &AccountSettings, own: &str) -> Res
             }
             Database::Postgres(_) if left_ms > 0 => continue,
             Database::Postgres(_) => take_over(db, &id, true).await?,
-        };
+        });
     }
     let mut tx = db.begin().await?;
     tx.execute("DELETE FROM counter WHERE end_ms < NOW_MS - CAST($1 AS BIGINT)", &[KEEP]).await?;
@@ -65,24 +81,24 @@ pub(super) async fn retire(db: &Db, settings: &AccountSettings, replica: &str) -
     Ok(())
 }
 
-async fn take_over(db: &Db, replica: &str, lease: bool) -> Result<u64, AccountError> {
+async fn take_over(db: &Db, replica: &str, lease: bool) -> Result<Swept, AccountError> {
     let mut tx = db.begin().await?;
     tx.lock_claims().await?;
+    let last = usage::last_of(&mut tx, replica).await?;
     let ended = if lease { " AND lease_until_ms < NOW_MS" } else { "" };
     if tx.execute(&format!("DELETE FROM replica WHERE id = $1{ended}"), &[replica]).await? == 0 {
-        return Ok(0);
+        return Ok(Swept::default());
     }
     let left = tx.rows("DELETE FROM reservation WHERE replica = $1 RETURNING body", &[replica]).await?;
     let left = left.iter().map(|body| Ok(serde_json::from_str(body)?)).collect::<Result<Vec<Open>, AccountError>>()?;
     let now = clock::now_ms();
-    let rows: Vec<_> = left.iter().map(|open| open.killed(now)).collect();
-    let mut settled = 0;
+    let rows: Vec<UsageRow> = left.iter().map(|open| open.killed(now)).collect();
     for part in rows.chunks(1024) {
-        settled += usage::insert(&mut tx, &db::batch(part)?).await?;
+        usage::insert(&mut tx, &db::batch(part)?, replica).await?;
     }
     fold(&mut tx, replica, &left).await?;
     tx.commit().await?;
-    Ok(settled)
+    Ok(Swept { killed: rows, last })
 }
 
 /// Adds what the replica spent, and what it had reserved, to the counters of the

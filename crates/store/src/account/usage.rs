@@ -283,8 +283,8 @@ static INSERT: LazyLock<String> = LazyLock::new(|| {
     let values = values.collect::<Vec<_>>().join(", ");
     // Materialized: SQLite would write each row's JSON anew for each column.
     format!(
-        "INSERT INTO usage ({}) WITH e AS MATERIALIZED (SELECT x.value FROM EACH($1) AS x) \
-         SELECT {values} FROM e WHERE 1 = 1 ON CONFLICT (id) DO NOTHING",
+        "INSERT INTO usage ({}, replica) WITH e AS MATERIALIZED (SELECT x.value FROM EACH($1) AS x) \
+         SELECT {values}, $2 FROM e WHERE 1 = 1 ON CONFLICT (id) DO NOTHING",
         names.join(", ")
     )
 });
@@ -295,9 +295,18 @@ static SELECT: LazyLock<String> = LazyLock::new(|| {
     format!("SELECT CAST(OBJECT_OF({}) AS TEXT) FROM usage", pairs.join(", "))
 });
 
-/// Writes rows, a JSON array of [`UsageRow`]s; how many were new.
-pub(super) async fn insert(tx: &mut Tx, rows: &str) -> Result<u64, AccountError> {
-    tx.execute(&INSERT, &[rows]).await
+/// Writes rows of a replica, a JSON array of [`UsageRow`]s; how many were new.
+pub(super) async fn insert(tx: &mut Tx, rows: &str, replica: &str) -> Result<u64, AccountError> {
+    tx.execute(&INSERT, &[rows, replica]).await
+}
+
+/// The last rows of a replica, newest first, some thousand at most.
+pub(super) async fn last_of(tx: &mut Tx, replica: &str) -> Result<Vec<UsageRow>, AccountError> {
+    let sql = format!(
+        "{} WHERE replica = $1 AND at_ms >= (SELECT started_ms FROM replica WHERE id = $1) ORDER BY at_ms DESC LIMIT 4096",
+        *SELECT
+    );
+    tx.rows(&sql, &[replica]).await?.iter().map(|r| Ok(serde_json::from_str(r)?)).collect()
 }
 
 /// Which rows of the ledger are meant. Empty fields mean all.

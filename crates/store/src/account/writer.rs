@@ -37,6 +37,10 @@ const BATCH: usize = 1024;
 /// How long a settlement waits for others.
 const LINGER: Duration = Duration::from_millis(5);
 
+/// How long an admission waits for half as many as are under way: alone it waits
+/// for nobody, and among many a transaction costs each of them little.
+const COMPANY: Duration = Duration::from_millis(1);
+
 /// A request that memory let in, to be written down.
 pub(super) struct Admit {
     pub(super) id: String,
@@ -112,6 +116,8 @@ pub(super) struct Writer {
     written: HashMap<CellId, Written>,
     dirty: HashSet<CellId>,
     backlog: Vec<Settle>,
+    /// Requests admitted and not settled, as far as was written.
+    under_way: usize,
     replicas: i128,
     renewed: Instant,
     swept: Instant,
@@ -129,6 +135,7 @@ impl Writer {
             written: HashMap::new(),
             dirty: HashSet::new(),
             backlog: Vec::new(),
+            under_way: 0,
             replicas: 1,
             renewed: Instant::now(),
             swept: Instant::now(),
@@ -141,30 +148,37 @@ impl Writer {
         let mut tick = tokio::time::interval(self.settings.tick);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         // Settlements that nobody waits for wait for company, so that no admission
-        // waits for them.
-        let (mut held, mut until) = (Vec::new(), tokio::time::Instant::now());
+        // waits for them; admissions wait a moment for each other.
+        let mut held = Batch::default();
+        let (mut until, mut soon) = (tokio::time::Instant::now(), tokio::time::Instant::now());
         loop {
-            let mut batch = Batch::default();
+            let waits = !held.settles.is_empty() || held.asks_in() > 0;
+            let next = if held.asks_in() > 0 { soon.min(until) } else { until };
+            let (settles, admits) = (held.settles.is_empty(), held.asks_in() == 0);
             let ticked = tokio::select! {
                 entry = entries.recv() => match entry {
-                    Some(entry) => { batch.take(entry); false }
+                    Some(entry) => { held.take(entry); false }
                     None => break,
                 },
-                _ = tokio::time::sleep_until(until), if !held.is_empty() => false,
+                _ = tokio::time::sleep_until(next), if waits => false,
                 _ = tick.tick() => true,
             };
             for _ in 0..BATCH {
                 let Ok(entry) = entries.try_recv() else { break };
-                batch.take(entry);
+                held.take(entry);
             }
             let now = tokio::time::Instant::now();
-            if held.is_empty() {
+            if settles {
                 until = now + LINGER;
             }
-            held.append(&mut batch.settles);
-            if now >= until || batch.hurries() || held.len() >= BATCH {
-                batch.settles = std::mem::take(&mut held);
-            } else if batch.is_empty() && !ticked {
+            if admits {
+                soon = now + COMPANY;
+            }
+            let hurries = held.hurries();
+            let settle = hurries || now >= until || held.settles.len() >= BATCH;
+            let admit = hurries || now >= soon || held.asks_in() >= self.under_way.saturating_sub(held.settles.len()) / 2 || held.asks_in() >= BATCH;
+            let mut batch = held.split(settle, admit || (settle && !held.settles.is_empty()));
+            if batch.is_empty() && batch.close.is_none() && !ticked {
                 continue;
             }
             let close = batch.close.take();
@@ -181,7 +195,7 @@ impl Writer {
                 return;
             }
         }
-        self.backlog.append(&mut held);
+        self.backlog.append(&mut held.settles);
         // Nobody waits for the answer; what cannot be written now is found by others.
         let _ = self.leave().await;
     }
@@ -199,8 +213,13 @@ impl Writer {
         }
         if ticked && self.swept.elapsed() > self.settings.lease / 3 {
             self.swept = Instant::now();
-            if let Err(e) = sweep::sweep(&self.db, &self.settings, &self.member.id).await {
-                self.failed(&e);
+            match sweep::sweep(&self.db, &self.settings, &self.member.id).await {
+                Ok(swept) => {
+                    if let Some(shared) = self.shared.upgrade() {
+                        shared.died(swept);
+                    }
+                }
+                Err(e) => self.failed(&e),
             }
         }
     }
@@ -234,6 +253,7 @@ impl Writer {
         match result {
             Ok(admitted) => {
                 self.failures = 0;
+                self.under_way = (self.under_way + admitted.len()).saturating_sub(batch.settles.len());
                 if let Some(shared) = self.shared.upgrade() {
                     shared.stats.batches.fetch_add(1, Relaxed);
                     shared.stats.settled.fetch_add(batch.settles.iter().filter(|s| s.row.is_some()).count() as u64, Relaxed);
@@ -316,7 +336,7 @@ impl Writer {
             grants = claims.grant(&front, self.replicas);
         }
         let admitted = insert_reservations(&mut tx, &self.member.id, batch, verdicts).await?;
-        settle(&mut tx, &batch.settles).await?;
+        settle(&mut tx, &batch.settles, &self.member.id).await?;
         self.write_counters(&mut tx, grants).await?;
         tx.commit().await?;
         self.dirty.clear();
@@ -474,7 +494,7 @@ async fn insert_reservations(
     Ok(tx.rows(sql, &[&rows, replica]).await?.into_iter().collect())
 }
 
-async fn settle(tx: &mut Tx, settles: &[Settle]) -> Result<(), AccountError> {
+async fn settle(tx: &mut Tx, settles: &[Settle], replica: &str) -> Result<(), AccountError> {
     if settles.is_empty() {
         return Ok(());
     }
@@ -483,7 +503,7 @@ async fn settle(tx: &mut Tx, settles: &[Settle]) -> Result<(), AccountError> {
     tx.execute(sql, &[&db::batch(&ids)?]).await?;
     let rows: Vec<&str> = settles.iter().filter_map(|s| s.row.as_deref()).collect();
     if !rows.is_empty() {
-        usage::insert(tx, &format!("[{}]", rows.join(","))).await?;
+        usage::insert(tx, &format!("[{}]", rows.join(",")), replica).await?;
     }
     Ok(())
 }
@@ -501,6 +521,22 @@ impl Batch {
 
     fn is_empty(&self) -> bool {
         self.admits.is_empty() && self.asks.is_empty() && self.settles.is_empty() && self.flushes.is_empty()
+    }
+
+    /// Requests that wait to be let in.
+    fn asks_in(&self) -> usize {
+        self.admits.len() + self.asks.len()
+    }
+
+    /// Takes out what is to be written now.
+    fn split(&mut self, settle: bool, admit: bool) -> Self {
+        let now = |due, held: &mut Vec<Settle>| if due { std::mem::take(held) } else { Vec::new() };
+        let mut out = Self { settles: now(settle, &mut self.settles), ..Self::default() };
+        if admit {
+            (out.admits, out.asks) = (std::mem::take(&mut self.admits), std::mem::take(&mut self.asks));
+        }
+        (out.flushes, out.close) = (std::mem::take(&mut self.flushes), self.close.take());
+        out
     }
 
     /// Whether someone waits for what was settled.
