@@ -15,84 +15,20 @@
 //! assert_eq!(counts.values().sum::<u64>(), 1);
 //! ```
 
+mod kind;
 mod language;
 mod numbers;
+mod scanner;
 mod secrets;
+mod vault;
 
+pub use kind::{Finding, Kind, Kinds, UnknownKind};
 pub use language::language;
+pub use scanner::{MAX_UNSETTLED, Scanner};
+pub use vault::{Held, Restorer, Vault};
 
 use regex::Regex;
-use std::{collections::BTreeMap, fmt, sync::LazyLock};
-
-/// What was found; where findings touch, the earlier kind wins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Kind {
-    /// A key, token, password or private key.
-    Secret,
-    /// A payment card number that passes the Luhn check.
-    Card,
-    /// A bank account number that passes the mod-97 check.
-    Iban,
-    /// An e-mail address.
-    Email,
-    /// A telephone number.
-    Phone,
-    /// An IPv4 or IPv6 address of a host.
-    Ip,
-}
-
-impl Kind {
-    /// Every kind, strongest first.
-    pub const ALL: [Self; 6] = [
-        Self::Secret,
-        Self::Card,
-        Self::Iban,
-        Self::Email,
-        Self::Phone,
-        Self::Ip,
-    ];
-
-    /// Its name in reports.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Secret => "secret",
-            Self::Card => "card",
-            Self::Iban => "iban",
-            Self::Email => "email",
-            Self::Phone => "phone",
-            Self::Ip => "ip",
-        }
-    }
-
-    /// What it is replaced by.
-    pub const fn tag(self) -> &'static str {
-        match self {
-            Self::Secret => "<SECRET>",
-            Self::Card => "<CARD>",
-            Self::Iban => "<IBAN>",
-            Self::Email => "<EMAIL>",
-            Self::Phone => "<PHONE>",
-            Self::Ip => "<IP>",
-        }
-    }
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-/// One finding: bytes `start..end` of the text, on character boundaries.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Finding {
-    /// What it is.
-    pub kind: Kind,
-    /// First byte.
-    pub start: usize,
-    /// One past the last byte.
-    pub end: usize,
-}
+use std::{collections::BTreeMap, sync::LazyLock};
 
 /// Compiles a pattern written in this crate; the tests of `detect` run each.
 fn pattern(source: &str) -> Regex {
@@ -130,13 +66,9 @@ fn emails(text: &str, out: &mut Vec<Finding>) {
     }
 }
 
-/// Everything found in `text`, in order, disjoint.
+/// Everything of [`Kinds::CORE`] in `text`, in order, disjoint.
 pub fn pii(text: &str) -> Vec<Finding> {
-    let mut found = Vec::new();
-    secrets::find(text, &mut found);
-    emails(text, &mut found);
-    numbers::find(text, &mut found);
-    merge(found)
+    Scanner::new(Kinds::CORE).find(text)
 }
 
 /// Joins findings that share a byte.
