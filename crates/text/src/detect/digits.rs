@@ -119,6 +119,12 @@ fn card(text: &Text<'_>, groups: &[Range<usize>], i: usize) -> Option<usize> {
         if !joined || n + groups[j].len() > LONGEST {
             break;
         }
+        // In print, all groups but the last have four digits, or the second six.
+        if j > i + 1 && !matches!((j - i, groups[j - 1].len()), (_, 4) | (2, 6))
+            || j > i && groups[i].len() != 4
+        {
+            break;
+        }
         digits[n..n + groups[j].len()].copy_from_slice(&text.bytes[groups[j].clone()]);
         n += groups[j].len();
         let digits = &digits[..n];

@@ -35,10 +35,10 @@ macro_rules! kinds {
 kinds! {
     /// A key, token, password or private key.
     Secret = "secret", "SECRET";
-    /// A payment card number that passes the Luhn check.
-    Card = "card", "CARD";
     /// A bank account number that passes the mod-97 check.
     Iban = "iban", "IBAN";
+    /// A payment card number that passes the Luhn check.
+    Card = "card", "CARD";
     /// A wallet's address whose checksum holds.
     Crypto = "crypto", "CRYPTO";
     /// A social security number of the United States.

@@ -130,12 +130,31 @@ impl<'t> Text<'t> {
         line.rsplit('\n').next().unwrap_or("")
     }
 
-    /// Whether one of the `n` words before `at` begins with one of `heads`.
+    /// Whether one of the `n` words before `at`, in its sentence, begins with
+    /// one of `heads`.
     pub(super) fn named(&self, at: usize, n: usize, heads: &[&str]) -> bool {
-        self.words_before(at)
+        sentence(self.line_before(at))
+            .rsplit(|c: char| !c.is_alphanumeric())
+            .filter(|w| !w.is_empty())
             .take(n)
             .any(|w| heads.iter().any(|h| begins(w, h)))
     }
+}
+
+/// The last sentence of `line`. A full stop after at most four letters, or
+/// after a number's short name, is an abbreviation's.
+fn sentence(line: &str) -> &str {
+    let bytes = line.as_bytes();
+    let ends = |i: usize| {
+        let head = &bytes[..i];
+        let word = head.iter().rev().take_while(|b| b.is_ascii_alphanumeric() || **b >= 128);
+        let word = &head[i - word.count()..];
+        let short = word.len() <= 4 && !word.iter().any(u8::is_ascii_digit);
+        bytes[i] != b'.' || !short && !word.ends_with(b"nr") && !word.ends_with(b"Nr")
+    };
+    let stop = |i: &usize| matches!(bytes[*i], b'.' | b'!' | b'?') && bytes[i + 1] == b' ' && ends(*i);
+    let last = (0..bytes.len().saturating_sub(1)).rev().find(stop);
+    &line[last.map_or(0, |i| i + 1)..]
 }
 
 /// Whether `word` begins with `head`, whatever the case of ASCII letters.
