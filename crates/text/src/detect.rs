@@ -25,6 +25,8 @@ mod kind;
 mod language;
 mod named;
 mod phone;
+#[cfg(test)]
+mod reference;
 mod scanner;
 mod secrets;
 mod stream;

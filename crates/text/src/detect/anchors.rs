@@ -15,6 +15,8 @@ pub(super) enum Class {
     Open,
     /// `name = value`, `name: value`, `scheme://`, an address with colons.
     Assign,
+    /// The end of a key's head, or a private key.
+    Joint,
 }
 
 const CLASSES: [Class; 256] = {
@@ -30,39 +32,63 @@ const CLASSES: [Class; 256] = {
     table[b'{' as usize] = Class::Open;
     table[b':' as usize] = Class::Assign;
     table[b'=' as usize] = Class::Assign;
+    table[b'_' as usize] = Class::Joint;
+    table[b'-' as usize] = Class::Joint;
     table
 };
 
+/// Bytes that are tested together.
+const BLOCK: usize = 32;
+
 /// The same as [`CLASSES`], in arithmetic that compiles to vector instructions.
-fn any(block: &[u8; 64]) -> bool {
+fn any(block: &[u8; BLOCK]) -> bool {
     let mut any = 0u8;
     for b in block {
         any |= u8::from(b.wrapping_sub(b'0') <= b':' - b'0')
             | u8::from(*b == b'@')
             | u8::from(*b == b'=')
             | u8::from(*b == b'(')
+            | u8::from(*b == b'-')
+            | u8::from(*b == b'_')
             // `[` and `{` differ in one bit.
             | u8::from(*b | 0x20 == b'{');
     }
     any != 0
 }
 
-/// The first nominating byte from `at` on.
-pub(super) fn next(bytes: &[u8], mut at: usize) -> Option<(usize, Class)> {
-    loop {
-        let rest = bytes.get(at..)?;
-        let block = match rest.first_chunk::<64>() {
-            Some(block) if !any(block) => {
-                at += 64;
-                continue;
+/// The nominating bytes of a text in order.
+pub(super) struct Anchors<'t> {
+    bytes: &'t [u8],
+    /// The end of the block that holds one.
+    block: usize,
+}
+
+impl<'t> Anchors<'t> {
+    pub(super) fn new(bytes: &'t [u8]) -> Self {
+        Self { bytes, block: 0 }
+    }
+
+    /// The first one from `at` on, which grows from call to call.
+    pub(super) fn next(&mut self, mut at: usize) -> Option<(usize, Class)> {
+        loop {
+            let rest = self.bytes.get(at..self.block.max(at))?;
+            for (i, b) in rest.iter().enumerate() {
+                let class = CLASSES[usize::from(*b)];
+                if class != Class::None {
+                    return Some((at + i, class));
+                }
             }
-            Some(block) => &block[..],
-            None => rest,
-        };
-        match block.iter().position(|b| CLASSES[usize::from(*b)] != Class::None) {
-            Some(i) => return Some((at + i, CLASSES[usize::from(block[i])])),
-            None if block.len() < 64 => return None,
-            None => at += 64,
+            at = at.max(self.block);
+            while let Some(block) = self.bytes[at..].first_chunk() {
+                if any(block) {
+                    break;
+                }
+                at += BLOCK;
+            }
+            if at >= self.bytes.len() {
+                return None;
+            }
+            self.block = (at + BLOCK).min(self.bytes.len());
         }
     }
 }
@@ -133,12 +159,24 @@ pub(super) const HEADS: [Head; 36] = [
     head("r8_", Body::Alnum, 30),
 ];
 
+/// The head that ends in the `-` or `_` at `at`.
+pub(super) fn ending(bytes: &[u8], at: usize) -> Option<&'static Head> {
+    let text = &bytes[..=at];
+    let last = text.len().checked_sub(2).map(|i| text[i])?;
+    HEADS.iter().find(|h| {
+        let head = h.head.as_bytes();
+        head[head.len() - 2] == last && text.ends_with(head)
+    })
+}
+
 /// Ends of names whose value may follow a verb ("the password is …").
-pub(super) const NAMES: [&str; 24] = [
-    "ssword", "SSWORD", "sswort", "SSWORT", "sswd", "SSWD", "phrase", "PHRASE", "pwd", "PWD",
-    "Pwd", "nnwort", "NNWORT", "ecret", "ECRET", "oken", "OKEN", "key", "KEY", "Key", "ssel",
-    "SSEL", "earer", "EARER",
+pub(super) const NAMES: [&str; 17] = [
+    "ssword", "SSWORD", "sswort", "sswd", "phrase", "pwd", "Pwd", "nnwort", "ecret", "ECRET",
+    "oken", "OKEN", "key", "KEY", "Key", "ssel", "earer",
 ];
+
+/// Heads that end in a letter or a full stop.
+pub(super) const LETTERS: [&str; 6] = ["AKIA", "ASIA", "AIza", "ya29.", "SG.", JWT];
 
 /// The head of a JSON Web Token, and of a private key.
 pub(super) const JWT: &str = "eyJ";
@@ -151,12 +189,11 @@ enum Finder {
 }
 
 static FINDER: LazyLock<Finder> = LazyLock::new(|| {
-    let heads = HEADS.iter().map(|h| h.head);
-    let all: Vec<&str> = heads.chain(NAMES).chain([JWT, PEM]).collect();
+    let all: Vec<&str> = NAMES.into_iter().chain(LETTERS).collect();
     match packed::Searcher::new(&all) {
         Some(s) => Finder::Packed(s),
         None => Finder::Plain(
-            AhoCorasick::new(&all).expect("some sixty short literals of this crate, built by its tests"),
+            AhoCorasick::new(&all).expect("some twenty short literals of this crate, built by its tests"),
         ),
     }
 });

@@ -60,7 +60,7 @@ impl Scan<'_> {
         end
     }
 
-    fn cards(&mut self, groups: &[Range<usize>]) {
+    pub(super) fn cards(&mut self, groups: &[Range<usize>]) {
         let text = self.text;
         let mut i = 0;
         while i < groups.len() {

@@ -5,7 +5,7 @@ use super::text::Text;
 use super::{Finding, Kind};
 
 /// Characters of a mailbox's name (RFC 5321), of a label and labels of a domain.
-const LOCAL: usize = 64;
+pub(super) const LOCAL: usize = 64;
 const LABEL: usize = 63;
 const LABELS: usize = 8;
 
@@ -27,27 +27,30 @@ impl Scan<'_> {
         };
         self.judge(start, || {
             let end = address_end(text, domain)?;
-            let known = &text.str[start..end];
-            // `git@host.org:path` is a repository, no mailbox; nor is `logo@2x.png`.
-            let remote = text.byte(end) == b':'
-                && text
-                    .char(end + 1)
-                    .is_some_and(|c| c.is_alphanumeric() || c == '/');
-            let image = [".png", ".jpg", ".svg", ".gif", ".webp"]
-                .iter()
-                .any(|e| known.ends_with(e));
-            let lead = known.len() - known.trim_start_matches(['\'', '.']).len();
-            (!remote && !image).then_some(Finding {
-                kind: Kind::Email,
-                start: start + lead,
-                end,
-            })
+            mailbox(text, start, end)
         });
         self.email_end = match self.found.last() {
             Some(f) if f.kind == Kind::Email => f.end.max(self.email_end),
             _ => self.email_end,
         };
     }
+}
+
+/// The address `start..end`, if it is a mailbox's.
+pub(super) fn mailbox(text: &Text<'_>, start: usize, end: usize) -> Option<Finding> {
+    let known = &text.str[start..end];
+    // `git@host.org:path` is a repository, no mailbox; nor is `logo@2x.png`.
+    let path = |c: char| c.is_alphanumeric() || c == '/';
+    let remote = text.byte(end) == b':' && text.char(end + 1).is_some_and(path);
+    let image = [".png", ".jpg", ".svg", ".gif", ".webp"]
+        .iter()
+        .any(|e| known.ends_with(e));
+    let lead = known.len() - known.trim_start_matches(['\'', '.']).len();
+    (!remote && !image).then_some(Finding {
+        kind: Kind::Email,
+        start: start + lead,
+        end,
+    })
 }
 
 /// Where the domain starts, after `@` or `[at]` with its spaces.

@@ -6,7 +6,7 @@ use super::{Finding, Kind};
 use std::{net::Ipv6Addr, ops::Range};
 
 /// More than any address in hexadecimal digits and colons.
-const LONGEST: usize = 64;
+pub(super) const LONGEST: usize = 64;
 
 impl Scan<'_> {
     pub(super) fn ipv4(&mut self, groups: &[Range<usize>]) {
@@ -40,27 +40,9 @@ impl Scan<'_> {
         let (ip, mac) = (self.kinds.has(Kind::Ip), self.kinds.has(Kind::Mac));
         self.judge(start, || {
             let end = text.run(at, LONGEST, part);
-            if end - start > LONGEST - 1 {
-                return None;
-            }
-            let run = &text.str[start..end];
-            let colons = run.bytes().filter(|b| *b == b':').count();
-            if colons < 3 || !text.alone(start, end) {
-                return None;
-            }
-            if mac && is_mac(run.as_bytes()) {
-                let kind = Kind::Mac;
-                return Some(Finding { kind, start, end });
-            }
-            let run = run.trim_end_matches(':');
-            let parts = run.split(':').filter(|p| !p.is_empty()).count();
-            let address = run.parse::<Ipv6Addr>();
-            let host = address.is_ok_and(|a| !a.is_loopback() && !a.is_unspecified());
-            (ip && parts >= 4 && host).then_some(Finding {
-                kind: Kind::Ip,
-                start,
-                end: start + run.len(),
-            })
+            let run = (end - start < LONGEST).then(|| with_colons(text, start, end))??;
+            let asked = if run.kind == Kind::Mac { mac } else { ip };
+            asked.then_some(run)
         });
     }
 
@@ -85,8 +67,30 @@ impl Scan<'_> {
     }
 }
 
+/// What the run of hexadecimal digits and colons `start..end` is.
+pub(super) fn with_colons(text: &Text<'_>, start: usize, end: usize) -> Option<Finding> {
+    let run = &text.str[start..end];
+    let colons = run.bytes().filter(|b| *b == b':').count();
+    if colons < 3 || !text.alone(start, end) {
+        return None;
+    }
+    if is_mac(run.as_bytes()) {
+        let kind = Kind::Mac;
+        return Some(Finding { kind, start, end });
+    }
+    let run = run.trim_end_matches(':');
+    let parts = run.split(':').filter(|p| !p.is_empty()).count();
+    let address = run.parse::<Ipv6Addr>();
+    let host = address.is_ok_and(|a| !a.is_loopback() && !a.is_unspecified());
+    (parts >= 4 && host).then_some(Finding {
+        kind: Kind::Ip,
+        start,
+        end: start + run.len(),
+    })
+}
+
 /// Six pairs of hexadecimal digits, neither all the same nor a placeholder.
-fn is_mac(run: &[u8]) -> bool {
+pub(super) fn is_mac(run: &[u8]) -> bool {
     run.len() == 17
         && matches!(run[2], b':' | b'-')
         && run.iter().enumerate().all(|(i, b)| match i % 3 {
@@ -97,7 +101,7 @@ fn is_mac(run: &[u8]) -> bool {
 }
 
 /// Whether a dotted quad is a host's address.
-fn host(text: &Text<'_>, quad: &[Range<usize>], at: Range<usize>) -> bool {
+pub(super) fn host(text: &Text<'_>, quad: &[Range<usize>], at: Range<usize>) -> bool {
     let octets: Vec<u16> = quad
         .iter()
         .filter_map(|g| text.str[g.clone()].parse().ok())

@@ -50,7 +50,7 @@ impl Scan<'_> {
             if verb == end {
                 return None;
             }
-            if text.bytes[..end].ends_with(b"earer") || text.bytes[..end].ends_with(b"EARER") {
+            if text.bytes[..end].ends_with(b"earer") {
                 return Some(verb);
             }
             let verb = ["is", "ist", "lautet", "IS", "Is"]
@@ -83,16 +83,8 @@ impl Scan<'_> {
             } else if run.end == text.len() {
                 text.byte(run.end);
             }
-            let end = run.end - start;
-            let value = &text.str[start..run.end];
-            let tail = value.len() - trimmed(value).len();
-            // A trailing `!` or `?` is as likely part of a password as of a
-            // sentence: it goes with the password.
-            let kept = value[end - tail..]
-                .find(|c| !matches!(c, '!' | '?'))
-                .map_or(value.len(), |n| value.len() - tail + n);
-            let judged = &value[..value.floor_char_boundary(kept.min(JUDGED))];
-            telling(&text.str[name], judged).then_some(Finding {
+            let kept = accept(&text.str[name], &text.str[start..run.end])?;
+            Some(Finding {
                 kind: Kind::Secret,
                 start,
                 end: start + kept,
@@ -190,6 +182,17 @@ fn value_end(text: &Text<'_>, i: usize) -> usize {
     }
 }
 
+/// How much of `value` is a secret that `name` names.
+pub(super) fn accept(name: &str, value: &str) -> Option<usize> {
+    let word = trimmed(value).len();
+    // A trailing `!` or `?` is as likely part of a password as of a sentence: it
+    // goes with the password.
+    let tail = value[word..].find(|c| !matches!(c, '!' | '?'));
+    let kept = tail.map_or(value.len(), |n| word + n);
+    let judged = &value[..value.floor_char_boundary(kept.min(JUDGED))];
+    telling(name, judged).then_some(kept)
+}
+
 /// `value` without what may be the end of a sentence.
 fn trimmed(value: &str) -> &str {
     let tail = value
@@ -202,7 +205,7 @@ fn trimmed(value: &str) -> &str {
 }
 
 /// What documentation and templates have in place of a secret.
-fn placeholder(value: &str) -> bool {
+pub(super) fn placeholder(value: &str) -> bool {
     const CODE: [&str; 8] = ["$", "{", "<", "%", "os.", "env.", "process.", "http"];
     const WORDS: [&str; 9] = [
         "your", "example", "placeholder", "changeme", "change-me", "change_me", "xxxx", "dummy",

@@ -12,8 +12,7 @@ impl Scan<'_> {
         let mut i = 0;
         while i < groups.len() {
             let mut at = groups[i].start;
-            at -= usize::from(text.str[..at].ends_with('+'));
-            at -= usize::from(text.str[..at].ends_with('('));
+            at -= usize::from(text.str[..at].ends_with(['+', '(']));
             let mut last = i;
             self.judge(at, || {
                 let (start, j) = phone(text, groups, i)?;

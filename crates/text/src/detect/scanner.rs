@@ -9,7 +9,7 @@
 //! Rejected: one automaton of all patterns (`regex::RegexSet`). It cannot know
 //! where a checksum fails, and on digits its states are those of every kind.
 
-use super::anchors::{self, Class};
+use super::anchors::{self, Anchors, Class};
 use super::text::Text;
 use super::{Finding, Kind, Kinds};
 use std::ops::Range;
@@ -83,17 +83,7 @@ impl Scanner {
     /// that more text could decide otherwise.
     fn scan(&self, text: &str, from: usize) -> (Vec<Finding>, usize) {
         let text = Text::new(text);
-        let mut scan = Scan {
-            text: &text,
-            kinds: self.kinds,
-            from,
-            found: Vec::new(),
-            pending: text.len(),
-            email_end: from,
-            token_end: from,
-            value: 0..0,
-            groups: Vec::new(),
-        };
+        let mut scan = Scan::new(&text, self.kinds, from);
         scan.run();
         (scan.found, scan.pending)
     }
@@ -117,7 +107,21 @@ pub(super) struct Scan<'t> {
     pub(super) groups: Vec<Range<usize>>,
 }
 
-impl Scan<'_> {
+impl<'t> Scan<'t> {
+    pub(super) fn new(text: &'t Text<'t>, kinds: Kinds, from: usize) -> Self {
+        Self {
+            text,
+            kinds,
+            from,
+            found: Vec::new(),
+            pending: text.len(),
+            email_end: from,
+            token_end: from,
+            value: 0..0,
+            groups: Vec::new(),
+        }
+    }
+
     fn run(&mut self) {
         const NUMBERS: Kinds = Kinds::ALL.without(Kind::Secret).without(Kind::Email);
         let bytes = self.text.bytes;
@@ -126,8 +130,8 @@ impl Scan<'_> {
         let emails = self.kinds.has(Kind::Email);
         let hosts = self.kinds.has(Kind::Ip) || self.kinds.has(Kind::Mac);
         let numbers = self.kinds.any(NUMBERS) || secrets;
-        let mut at = first;
-        while let Some((i, class)) = anchors::next(bytes, at) {
+        let (mut at, mut anchors) = (first, Anchors::new(bytes));
+        while let Some((i, class)) = anchors.next(at) {
             at = i + 1;
             match class {
                 Class::Digit if numbers => at = self.digits(i),
@@ -143,6 +147,7 @@ impl Scan<'_> {
                         self.colons(i);
                     }
                 }
+                Class::Joint if secrets => self.joint(i),
                 _ => {}
             }
         }
@@ -190,7 +195,7 @@ fn tail(text: &str) -> usize {
 
 /// Joins findings that share a byte, then cuts what is longer than [`PIECE`]
 /// bytes (less a character).
-fn pieces(text: &str, mut found: Vec<Finding>) -> Vec<Finding> {
+pub(super) fn pieces(text: &str, mut found: Vec<Finding>) -> Vec<Finding> {
     if found.len() > 1 {
         found.sort_unstable_by_key(|f| (f.start, f.end));
     }

@@ -1,6 +1,6 @@
 //! Keys by the issuer's head, private keys, tokens.
 
-use super::anchors::{Body, HEADS, JWT, PEM};
+use super::anchors::{Body, HEADS, Head, JWT, PEM, ending};
 use super::checks::entropy;
 use super::scanner::Scan;
 use super::text::Text;
@@ -25,22 +25,36 @@ impl Body {
 }
 
 impl Scan<'_> {
+    /// The key whose head ends at `at`, or the private key that starts there.
+    pub(super) fn joint(&mut self, at: usize) {
+        let text = self.text;
+        if let Some(head) = ending(text.bytes, at) {
+            self.key(at + 1 - head.head.len(), at + 1, Some(head));
+        }
+        if text.bytes[at] == b'-' && text.bytes[..at].last() != Some(&b'-') {
+            self.judge(at, || {
+                let end = text.starts(at, PEM).then(|| private_key(text, at + PEM.len()))??;
+                Some(Finding {
+                    kind: Kind::Secret,
+                    start: at,
+                    end,
+                })
+            });
+        }
+    }
+
     /// What starts with the head, or follows the name, at `start..end`.
     pub(super) fn head(&mut self, start: usize, end: usize) {
-        let text = self.text;
-        let head = &text.str[start..end];
-        if head == PEM {
-            let secret = |end| Finding {
-                kind: Kind::Secret,
-                start,
-                end,
-            };
-            return self.judge(start, || private_key(text, end).map(secret));
-        }
+        let head = &self.text.str[start..end];
         let issuer = HEADS.iter().find(|h| h.head == head);
-        if issuer.is_none() && head != JWT {
-            return self.told(end);
+        match issuer.is_some() || head == JWT {
+            true => self.key(start, end, issuer),
+            false => self.told(end),
         }
+    }
+
+    fn key(&mut self, start: usize, end: usize, issuer: Option<&Head>) {
+        let text = self.text;
         let before = text.before(start);
         if before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == '-') {
             return;
@@ -50,8 +64,7 @@ impl Scan<'_> {
                 Some(h) => body(text, end, h.body, h.least)?,
                 None => jwt(text, end)?,
             };
-            let judged = &text.str[start..end.min(start + JUDGED)];
-            random(judged).then_some(Finding {
+            random(&text.str[start..end.min(start + JUDGED)]).then_some(Finding {
                 kind: Kind::Secret,
                 start,
                 end,

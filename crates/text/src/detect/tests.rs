@@ -253,6 +253,14 @@ proptest! {
         language(&text);
     }
 
+    /// The parsers by hand find what the plain patterns do.
+    #[test]
+    fn the_scanner_finds_what_the_patterns_do(text in dense()) {
+        for kinds in [Kinds::ALL, Kinds::CORE] {
+            prop_assert_eq!(Scanner::new(kinds).find(&text), reference::find(&text, kinds));
+        }
+    }
+
     /// What is settled stays as it is, whatever follows.
     #[test]
     fn the_settled_prefix_is_final(text in dense(), cut in 0.0..1.0f64) {

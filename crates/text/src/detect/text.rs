@@ -159,6 +159,8 @@ fn sentence(line: &str) -> &str {
 
 /// Whether `word` begins with `head`, whatever the case of ASCII letters.
 pub(super) fn begins(word: &str, head: &str) -> bool {
-    let word = word.as_bytes().get(..head.len());
-    word.is_some_and(|w| w.eq_ignore_ascii_case(head.as_bytes()))
+    let (word, head) = (word.as_bytes(), head.as_bytes());
+    let same = |n| word.get(..n).is_some_and(|w: &[u8]| w.eq_ignore_ascii_case(&head[..n]));
+    // Most words differ in the first letter.
+    same(1) && same(head.len())
 }
