@@ -75,6 +75,7 @@ struct Series {
     completion: u64,
     refusals: u64,
     cost: f64,
+    unpriced: u64,
     ledger_errors: u64,
     estimated: u64,
     retries: BTreeMap<&'static str, u64>,
@@ -94,7 +95,8 @@ pub(crate) struct Sample<'a> {
     pub(crate) ttft_s: Option<f64>,
     pub(crate) total_s: f64,
     pub(crate) refusal: bool,
-    pub(crate) cost: f64,
+    /// `None` where no price is known.
+    pub(crate) cost: Option<f64>,
     pub(crate) estimated: bool,
 }
 
@@ -141,6 +143,7 @@ impl Metrics {
             completion: 0,
             refusals: 0,
             cost: 0.0,
+            unpriced: 0,
             ledger_errors: 0,
             estimated: 0,
             retries: BTreeMap::new(),
@@ -191,7 +194,8 @@ impl Metrics {
             s.cached += u64::from(sample.cached_tokens);
             s.completion += u64::from(sample.completion_tokens);
             s.refusals += u64::from(sample.refusal);
-            s.cost += sample.cost;
+            s.cost += sample.cost.unwrap_or(0.0);
+            s.unpriced += u64::from(sample.cost.is_none());
             s.estimated += u64::from(sample.estimated);
             s.e2e.observe(sample.total_s);
             if let Some(t) = sample.ttft_s {
@@ -257,7 +261,7 @@ impl Metrics {
                     "Answers whose opening reads as a refusal (a weak test).",
                     s.refusals as f64,
                 ),
-                ("cost_total", "Cost in the configured currency.", s.cost),
+                ("cost_total", "Cost in the currency of the price list.", s.cost),
                 (
                     "ledger_errors_total",
                     "Entries the ledger did not take.",
@@ -269,6 +273,8 @@ impl Metrics {
             }
             p.head("usage_estimated_total", "counter", "Responses whose tokens no one counted: they are guesses.");
             p.line("usage_estimated_total", &[], s.estimated as f64);
+            p.head("cost_unknown_total", "counter", "Responses without a price: their cost is not in cost_total.");
+            p.line("cost_unknown_total", &[], s.unpriced as f64);
             p.head("retries_total", "counter", "Attempts after the first, by kind; those the budget forbade.");
             for (kind, n) in &s.retries {
                 p.line("retries_total", &[("kind", kind)], *n as f64);
