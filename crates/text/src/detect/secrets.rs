@@ -1,141 +1,162 @@
-//! Keys and passwords: by the issuer's prefix, or as the value of a telling
-//! name.
-//!
-//! A value counts only when it does not read like a word: documentation is
-//! full of `password: required` and `api_key = "your-api-key"`.
+//! Keys by the issuer's head, private keys, tokens.
 
-use super::{Finding, Kind, pattern};
-use regex::Regex;
-use std::sync::LazyLock;
+use super::anchors::{Body, HEADS, JWT, PEM};
+use super::checks::entropy;
+use super::scanner::Scan;
+use super::text::Text;
+use super::{Finding, Kind};
 
-/// Keys with a known head; the body is checked by [`random`].
-static PREFIXED: LazyLock<Regex> = LazyLock::new(|| {
-    pattern(concat!(
-        r"sk-(?:ant-|proj-)?[A-Za-z0-9_-]{16,}",
-        r"|[sr]k_(?:live|test)_[A-Za-z0-9]{16,}",
-        r"|(?:AKIA|ASIA)[A-Z0-9]{16}",
-        r"|gh[opsur]_[A-Za-z0-9]{20,}",
-        r"|github_pat_[A-Za-z0-9_]{20,}",
-        r"|xox[abeprs]-[A-Za-z0-9-]{10,}",
-        r"|AIza[A-Za-z0-9_-]{30,}",
-        r"|glpat-[A-Za-z0-9_-]{16,}",
-        r"|(?:npm|hf)_[A-Za-z0-9]{30,}",
-        r"|pypi-[A-Za-z0-9_-]{40,}",
-        r"|eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]+)?",
-    ))
-});
+/// A key is judged by this many bytes of it, however long it is.
+pub(super) const JUDGED: usize = 512;
 
-static KEY_BEGIN: LazyLock<Regex> =
-    LazyLock::new(|| pattern(r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"));
-static KEY_END: LazyLock<Regex> =
-    LazyLock::new(|| pattern(r"-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"));
-/// What follows a header whose end is missing: lines of base64.
-static KEY_BODY: LazyLock<Regex> = LazyLock::new(|| pattern(r"^(?:\s*[A-Za-z0-9+/=]{16,})*"));
+/// The most a token's first part may have.
+pub(super) const JWT_HEAD: usize = 2048;
 
-/// `name = value`, `name: value`, `"name": "value"`, `Passwort lautet value`.
-static NAMED: LazyLock<Regex> = LazyLock::new(|| {
-    pattern(concat!(
-        r"(?i)(?P<name>passwor[dt]|passwd|passphrase|pwd|kennwort|secret|token",
-        r"|api[_ -]?key|access[_ -]?key|secret[_ -]?key|private[_ -]?key|api[_ -]?schl[uü]ssel)",
-        r#"(?:["'`*_]{0,3}\s{0,3}(?::=|=>|=|:)|\s+(?:is|ist|lautet)\s*:?\s)"#,
-        r#"[ \t]*["'`*]{0,3}(?P<value>[^\s"'`,;]+)"#,
-    ))
-});
+impl Body {
+    pub(super) fn has(self, b: u8) -> bool {
+        match self {
+            Self::Alnum => b.is_ascii_alphanumeric(),
+            Self::Upper => b.is_ascii_uppercase() || b.is_ascii_digit(),
+            Self::Word => b.is_ascii_alphanumeric() || b == b'_',
+            Self::Url => b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'),
+            Self::Dotted => b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.'),
+        }
+    }
+}
 
-/// `scheme://user:password@host`.
-static IN_URL: LazyLock<Regex> =
-    LazyLock::new(|| pattern(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s:/@<>]+:(?P<value>[^\s/@<>]+)@"));
-
-pub(super) fn find(text: &str, out: &mut Vec<Finding>) {
-    let mut push = |start: usize, end: usize| {
-        out.push(Finding {
-            kind: Kind::Secret,
-            start,
-            end,
+impl Scan<'_> {
+    /// What starts with the head, or follows the name, at `start..end`.
+    pub(super) fn head(&mut self, start: usize, end: usize) {
+        let text = self.text;
+        let head = &text.str[start..end];
+        if head == PEM {
+            let secret = |end| Finding {
+                kind: Kind::Secret,
+                start,
+                end,
+            };
+            return self.judge(start, || private_key(text, end).map(secret));
+        }
+        let issuer = HEADS.iter().find(|h| h.head == head);
+        if issuer.is_none() && head != JWT {
+            return self.told(end);
+        }
+        let before = text.before(start);
+        if before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == '-') {
+            return;
+        }
+        self.judge(start, || {
+            let end = match issuer {
+                Some(h) => body(text, end, h.body, h.least)?,
+                None => jwt(text, end)?,
+            };
+            let judged = &text.str[start..end.min(start + JUDGED)];
+            random(judged).then_some(Finding {
+                kind: Kind::Secret,
+                start,
+                end,
+            })
         });
-    };
-    for m in PREFIXED.find_iter(text) {
-        let before = text[..m.start()].chars().next_back();
-        if !before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == '-')
-            && random(m.as_str())
-        {
-            push(m.start(), m.end());
+    }
+}
+
+/// The end of the body at `i`, if it has `least` characters.
+fn body(text: &Text<'_>, i: usize, body: Body, least: usize) -> Option<usize> {
+    let mut end = text.run(i, usize::MAX, |b| body.has(b));
+    if body == Body::Dotted {
+        end -= text.bytes[i..end].iter().rev().take_while(|b| **b == b'.').count().min(16);
+    }
+    (end - i >= least).then_some(end)
+}
+
+/// The end of the token whose head ends at `i`: two parts of an object each, and
+/// a signature.
+fn jwt(text: &Text<'_>, i: usize) -> Option<usize> {
+    let url = |b| Body::Url.has(b);
+    let header = text.run(i, JWT_HEAD, url);
+    if header - i < 8 || !text.starts(header, ".eyJ") {
+        return None;
+    }
+    let payload = text.run(header + 4, usize::MAX, url);
+    if payload - header - 4 < 8 {
+        return None;
+    }
+    if text.byte(payload) != b'.' {
+        return Some(payload);
+    }
+    let signature = text.run(payload + 1, usize::MAX, url);
+    Some(if signature > payload + 1 { signature } else { payload })
+}
+
+/// The end of the private key whose `-----BEGIN ` ends at `i`: its label, then
+/// lines of base64 and of headers, until its end or anything else. So a key
+/// that is cut off, or still coming, is found as far as it goes.
+fn private_key(text: &Text<'_>, i: usize) -> Option<usize> {
+    let label = text.run(i, 64, |b| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b' ');
+    let name = &text.str[i..label];
+    let private = ["PRIVATE KEY", "PRIVATE KEY BLOCK"]
+        .iter()
+        .any(|n| name.strip_suffix(n).is_some_and(|h| h.is_empty() || h.ends_with(' ')));
+    if !private || !text.starts(label, "-----") {
+        return None;
+    }
+    let base64 = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/' | b'=');
+    let mut end = label + 5;
+    loop {
+        let line = gap(text, end);
+        if let Some(last) = key_end(text, line) {
+            return Some(last);
         }
-    }
-    for m in KEY_BEGIN.find_iter(text) {
-        let rest = &text[m.end()..];
-        let end = match KEY_END.find(rest) {
-            Some(end) => end.end(),
-            None => KEY_BODY.find(rest).map_or(0, |b| b.end()),
-        };
-        push(m.start(), m.end() + end);
-    }
-    for c in NAMED.captures_iter(text) {
-        let (Some(name), Some(value)) = (c.name("name"), c.name("value")) else {
-            continue;
-        };
-        let word = value
-            .as_str()
-            .trim_end_matches(['.', ':', '!', '?', ')', ']', '}', '*', '>']);
-        // A trailing `!` or `?` is as likely part of a password as of a
-        // sentence: it goes with the password.
-        let kept = value.as_str()[word.len()..]
-            .find(|c| !matches!(c, '!' | '?'))
-            .map_or(value.len(), |n| word.len() + n);
-        let word = &value.as_str()[..kept];
-        if telling(name.as_str(), word) {
-            push(value.start(), value.start() + word.len());
-        }
-    }
-    for c in IN_URL.captures_iter(text) {
-        if let Some(v) = c.name("value") {
-            push(v.start(), v.end());
+        let run = text.run(line, usize::MAX, base64);
+        if run - line >= 16 {
+            end = run;
+        } else if let Some(last) = (run > line).then(|| key_end(text, gap(text, run))).flatten() {
+            return Some(last);
+        } else if let Some(header) = header(text, line) {
+            end = header;
+        } else {
+            return Some(end);
         }
     }
 }
 
-/// Whether a prefixed key's body can be random: it holds a digit or both
-/// cases, and many different characters.
-fn random(key: &str) -> bool {
+/// Past what stands between two lines of a key, quoted or not.
+fn gap(text: &Text<'_>, i: usize) -> usize {
+    let mut at = i;
+    while at - i < 32 {
+        match text.byte(at) {
+            b' ' | b'\t' | b'\r' | b'\n' | b'"' | b'\'' | b',' | b'|' | b'>' | b'#' | b'*' => at += 1,
+            b'\\' if matches!(text.byte(at + 1), b'n' | b'r' | b't') => at += 2,
+            _ => break,
+        }
+    }
+    at
+}
+
+/// The end of a key's last line at `i`.
+fn key_end(text: &Text<'_>, i: usize) -> Option<usize> {
+    if !text.starts(i, "-----END ") {
+        return None;
+    }
+    let label = text.run(i + 9, 64, |b| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b' ');
+    text.starts(label, "-----").then_some(label + 5)
+}
+
+/// The end of a header's line at `i`.
+fn header(text: &Text<'_>, i: usize) -> Option<usize> {
+    const HEADERS: [&str; 6] = ["Proc-Type: ", "DEK-Info: ", "Version: ", "Comment: ", "Charset: ", "Hash: "];
+    let known = HEADERS.iter().find(|h| text.starts(i, h))?;
+    let at = i + known.len();
+    Some(text.run(at, 120, |b| (b' '..127).contains(&b) && b != b'\\'))
+}
+
+/// Whether a key's body can be random: it holds a digit or both cases, and many
+/// different characters.
+pub(super) fn random(key: &str) -> bool {
     let digit = key.bytes().any(|b| b.is_ascii_digit());
-    let both = key.bytes().any(|b| b.is_ascii_lowercase())
-        && key.bytes().filter(u8::is_ascii_uppercase).count() > 2;
-    (digit || both) && entropy(key) >= 2.5
-}
-
-/// Whether `value`, given for `name`, is a secret rather than prose or code.
-fn telling(name: &str, value: &str) -> bool {
-    const CODE: [&str; 8] = ["$", "{", "<", "%", "os.", "env.", "process.", "http"];
-    if CODE.iter().any(|c| value.starts_with(c)) || value.contains(['(', '[', '*', '…']) {
-        return false;
-    }
-    let classes = [
-        value.chars().any(char::is_lowercase),
-        value.chars().any(char::is_uppercase),
-        value.chars().any(|c| c.is_ascii_digit()),
-        value
-            .chars()
-            .any(|c| c.is_ascii_punctuation() && !"-_./:|=".contains(c)),
-    ];
-    let kinds = classes.iter().filter(|c| **c).count();
-    let password = name.to_ascii_lowercase().starts_with(['p', 'k']) && !name.contains(['_', ' ']);
-    let (length, bits) = if password { (6, 2.0) } else { (10, 2.8) };
-    kinds >= 2
-        && (classes[2] || password && classes[3])
-        && value.chars().count() >= length
-        && entropy(value) >= bits
-}
-
-/// Shannon entropy of the characters of `s`, in bits a character.
-fn entropy(s: &str) -> f64 {
-    let mut counts = std::collections::BTreeMap::<char, u32>::new();
-    for c in s.chars() {
-        *counts.entry(c).or_default() += 1;
-    }
-    let n = f64::from(counts.values().sum::<u32>());
-    counts
-        .values()
-        .map(|&c| f64::from(c) / n)
-        .map(|p| -p * p.log2())
-        .sum()
+    let capitals = key.bytes().filter(u8::is_ascii_uppercase).count();
+    let both = capitals > 2 && key.bytes().any(|b| b.is_ascii_lowercase());
+    // The keys of one issuer are all capitals, one in thirty without a digit.
+    let aws = key.len() == 20 && capitals == 20;
+    (digit || both || aws) && entropy(key) >= 2.5
 }

@@ -83,6 +83,27 @@ const PLANTS: &[(Kind, &str)] = &[
     (Kind::Secret, "{\"api_key\": \"⟦9f8e7d6c5b4a39281706⟧\"}"),
     (Kind::Secret, "token: ⟦q7Zt-93kLmP2xw⟧"),
     (Kind::Secret, "postgres://app:⟦s3cr3t@db.example.org⟧/x"),
+    (Kind::Ssn, "SSN ⟦536-90-4399⟧ on file"),
+    (Kind::Ssn, "his social security number is ⟦536 90 4399⟧"),
+    (Kind::Itin, "ITIN ⟦912-70-1234⟧"),
+    (Kind::Nhs, "NHS number ⟦943 476 5919⟧, GP"),
+    (Kind::Nino, "NINO ⟦AB 12 34 56 C⟧ and ⟦JG103759A⟧"),
+    (Kind::Nif, "DNI ⟦12345678Z⟧, NIE ⟦X1234567L⟧, ⟦12345678-Z⟧"),
+    (Kind::FiscalCode, "codice fiscale ⟦RSSMRA85T10A562S⟧."),
+    (Kind::SteuerId, "Steuer-ID ⟦86 095 742 719⟧ oder IdNr ⟦86095742719⟧"),
+    (Kind::Pesel, "PESEL: ⟦44051401359⟧"),
+    (Kind::Aadhaar, "Aadhaar ⟦2341 2341 2346⟧"),
+    (Kind::Tfn, "her TFN is ⟦123 456 782⟧"),
+    (Kind::Abn, "ABN ⟦51 824 753 556⟧"),
+    (Kind::Nric, "NRIC ⟦S1234567D⟧"),
+    (Kind::Passport, "passport no. ⟦C01X00T47⟧, US passport ⟦340020013⟧"),
+    (Kind::BirthDate, "born on ⟦12 March 1990⟧; DOB: ⟦1990-03-12⟧"),
+    (Kind::BirthDate, "was born ⟦March 12, 1990⟧ in Kiel, geb. am ⟦3.4.1971⟧"),
+    (Kind::Crypto, "to ⟦1A1zP1eP5QGefi2DMPTfTL5SLmv7DivfNa⟧ or ⟦bc1qw508d6qejxtdg4y5r3zarvary0c5xw7kv8f3t4⟧"),
+    (Kind::Crypto, "⟦0x5aAeb6053F3E94C9b9A09f33669435E7Ef1BeAed⟧"),
+    (Kind::Mac, "MAC ⟦00:1a:2b:3c:4d:5e⟧ and ⟦00-1A-2B-3C-4D-5E⟧"),
+    (Kind::Secret, "Authorization: Bearer ⟦q7Zt93kLmP2xwVb81⟧"),
+    (Kind::Secret, "redis://:⟦t0psecr3t⟧@cache:6379"),
 ];
 
 const LOOKALIKES: &[&str] = &[
@@ -117,6 +138,15 @@ const LOOKALIKES: &[&str] = &[
     "-----BEGIN PUBLIC KEY-----\nMIIBIjANBgkqhkiG9w0B\n-----END PUBLIC KEY-----",
     "Inventarnummer 0401-2233445, Raum 0.12.3",
     "phone calls are logged since 2024-05-12",
+    "1A1zP1eP5QGefi2DMPTfTL5SLmv7DivfNb, bc1qw508d6qejxtdg4y5r3zarvary0c5xw7kv8f3t5",
+    "0x5aaeb6053F3E94C9b9A09f33669435E7Ef1BeAed",
+    "SSN 000-12-3456, 666-12-3456, 536-00-4399, ITIN 912-10-1234",
+    "order 536-90-4399, NHS 943 476 5918, 9434765918",
+    "AB 12 34 56 E, BG123456A, 12345678A, X1234567A, S1234567A",
+    "PESEL 44051401358, TFN 123 456 781, ABN 51 824 753 557",
+    "Aadhaar 2341 2341 2345, 86 095 742 718",
+    "signed on 12 March 1990, the passport office in Room 12",
+    "postgres://user:password@localhost/db, https://x:${PASS}@h",
     "<EMAIL> <PHONE> <CARD> <IBAN> <IP> <SECRET> password = <SECRET>",
 ];
 
@@ -136,7 +166,7 @@ fn plain(marked: &str) -> (String, Vec<(usize, usize)>) {
 fn every_plant_is_found_exactly() {
     for (kind, marked) in PLANTS {
         let (text, spans) = plain(marked);
-        let found = pii(&text);
+        let found = Scanner::new(Kinds::ALL).find(&text);
         let got: Vec<_> = found.iter().map(|f| (f.start, f.end)).collect();
         assert_eq!(got, spans, "{text}: {found:?}");
         assert!(found.iter().all(|f| f.kind == *kind), "{text}: {found:?}");
@@ -147,6 +177,8 @@ fn every_plant_is_found_exactly() {
 fn no_lookalike_is_touched() {
     for text in LOOKALIKES {
         assert_eq!(&redact(text).0, text, "{:?}", pii(text));
+        let kinds = Kinds::ALL.without(Kind::Mac);
+        assert_eq!(Scanner::new(kinds).find(text), [], "{text}");
     }
 }
 
@@ -219,5 +251,50 @@ proptest! {
         let once = redact(&text).0;
         prop_assert_eq!(redact(&once).0, once);
         language(&text);
+    }
+
+    /// What is settled stays as it is, whatever follows.
+    #[test]
+    fn the_settled_prefix_is_final(text in dense(), cut in 0.0..1.0f64) {
+        let cut = text.floor_char_boundary((text.len() as f64 * cut) as usize);
+        let scanner = Scanner::new(Kinds::ALL);
+        let (head, whole) = (scanner.find(&text[..cut]), scanner.find(&text));
+        let settled = scanner.settled(&text[..cut]);
+        prop_assert!(cut - settled <= MAX_UNSETTLED);
+        for f in head.iter().chain(&whole) {
+            prop_assert!(f.end <= settled || f.start >= settled, "{settled} {f:?} {text:?}");
+        }
+        let ended = |found: &[Finding]| -> Vec<Finding> {
+            found.iter().copied().filter(|f| f.end <= settled).collect()
+        };
+        prop_assert_eq!(ended(&head), ended(&whole), "{} of {:?}", settled, &text[..cut]);
+    }
+
+    /// However a text is cut, its pieces give what the whole does.
+    #[test]
+    fn a_stream_finds_what_the_whole_has(text in dense(), cuts in proptest::collection::vec(0.0..1.0f64, 0..12)) {
+        let mut cuts: Vec<usize> = cuts.iter().map(|c| (text.len() as f64 * c) as usize).collect();
+        cuts.sort_unstable();
+        cuts.push(text.len());
+        let mut stream = Stream::new(Scanner::new(Kinds::ALL));
+        let (mut parts, mut at) = (Vec::new(), 0);
+        for cut in cuts {
+            let cut = text.floor_char_boundary(cut);
+            parts.push(stream.push(&text[at..cut]));
+            at = cut;
+        }
+        parts.push(stream.finish());
+        let (mut said, mut found) = (String::new(), Vec::new());
+        for part in parts {
+            let base = said.len();
+            found.extend(part.findings.iter().map(|f| Finding {
+                start: f.start + base,
+                end: f.end + base,
+                ..*f
+            }));
+            said += &part.text;
+        }
+        prop_assert_eq!(&said, &text);
+        prop_assert_eq!(found, Scanner::new(Kinds::ALL).find(&text));
     }
 }
