@@ -27,7 +27,7 @@ mod check;
 
 pub use accounts::AccountsSettings;
 
-use crate::upstream::Dialect;
+use crate::{guard::GuardSettings, upstream::Dialect};
 use ashlar_core::{Fault, Hint};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, path::PathBuf};
@@ -46,6 +46,8 @@ pub struct Config {
     pub backends: BTreeMap<String, BackendSettings>,
     /// What clients may ask for, by name.
     pub models: BTreeMap<String, ModelSettings>,
+    /// What is looked for in requests and answers.
+    pub guard: GuardSettings,
 }
 
 /// `[server]`.

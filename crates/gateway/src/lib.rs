@@ -22,7 +22,8 @@
 //! - text of a client or a document reaching a page unescaped (`graph` escapes,
 //!   the console sets text only, and its policy forbids inline scripts);
 //! - a page of another origin reading answers (`intake`);
-//! - a request that passes a key's limits by, whatever its endpoint (`door`).
+//! - a request that passes a key's limits by, whatever its endpoint (`door`);
+//! - a piece of an answer that passes the guard by (`Session::pass`).
 //!
 //! Tokenizing and inference are the backend's, keys and limits the store's. A
 //! server that requires no keys has no console on an open address unless it is
@@ -37,6 +38,7 @@ mod console;
 mod door;
 mod error;
 mod graph;
+pub mod guard;
 mod health;
 mod intake;
 mod metrics;

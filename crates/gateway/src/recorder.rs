@@ -23,10 +23,11 @@
 use crate::{
     app::App,
     ask::Ask,
+    guard,
     metrics::{Metrics, Sample},
     refusal,
     route::{Decision, Target},
-    upstream::{End as Ending, Piece, Tokens},
+    upstream::{Chunk, End as Ending, Piece, Tokens},
 };
 use ashlar_api::Timings;
 use ashlar_core::clock;
@@ -204,6 +205,8 @@ pub(crate) struct Intake {
     pub(crate) decision: Arc<Decision>,
     /// What is set aside for it in the accounts.
     pub(crate) reservation: Option<Reservation>,
+    /// What the guard does.
+    pub(crate) guard: Arc<guard::Log>,
 }
 
 /// How a response ended.
@@ -219,6 +222,7 @@ pub(crate) struct Recorder {
     live: Arc<Live>,
     decision: Arc<Decision>,
     reservation: Option<Reservation>,
+    guard: Arc<guard::Log>,
     /// Who it was admitted for.
     first: Answered,
     /// Who it is with, and under which name for clients.
@@ -277,6 +281,7 @@ impl Recorder {
             live,
             decision: intake.decision,
             reservation: intake.reservation,
+            guard: intake.guard,
             first,
             target: None,
             prompt_estimate: intake.prompt_estimate,
@@ -353,7 +358,8 @@ impl Recorder {
             }
             Piece::Text(text) => self.token(text, 1, now),
             Piece::Chunk(chunk) if chunk.gains > 0 => self.token(&chunk.text, chunk.gains, now),
-            Piece::Chunk(_) => {}
+            // Text that was held back: its tokens came before.
+            Piece::Chunk(Chunk { text, .. }) | Piece::Rest(text) => self.answer.push_str(text),
             Piece::Done(end) => self.settle_and_wait(End::Done(end)).await,
         }
     }
@@ -480,6 +486,7 @@ impl Recorder {
                 refusal,
                 answer: (!answer.is_empty()).then_some(answer),
                 error,
+                guard: self.guard.json(),
             },
             answered: answered.filter(|a| *a != self.first),
             route: serde_json::to_string(&*self.decision).ok(),

@@ -11,7 +11,7 @@ use crate::{
     console,
     door::Caller,
     error::{Failure, refuse},
-    intake,
+    guard, intake,
     metrics::Metrics,
     node::Node,
     recorder::{Ledger, LiveTable},
@@ -103,9 +103,11 @@ pub async fn serve(
         live: LiveTable::default(),
         decisions: Decisions::default(),
         sessions: Sessions::default(),
+        guard: Arc::default(),
         stop,
     });
     let watching = watch_file(app.clone());
+    let forgetting = guard::watch_takedowns(app.clone());
     let (fired, told) = oneshot::channel();
     // A stream's pieces are small: waiting for an acknowledgement before the next
     // one costs 40 ms each.
@@ -132,6 +134,7 @@ pub async fn serve(
         result = &mut server => result,
         () = closing => Ok(()),
         never = watching => match never {},
+        never = forgetting => match never {},
     };
     app.ledger.flush().await;
     if let Some(accounts) = accounts {
@@ -164,6 +167,7 @@ fn router(app: Arc<App>, listen: SocketAddr) -> Router {
     let mut router = Router::new()
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(complete))
+        .route("/v1/moderations", post(moderate))
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
         .route("/health", get(health))
@@ -208,7 +212,7 @@ async fn gate(
 
 async fn no_route(method: Method, uri: Uri) -> Failure {
     let path: String = uri.path().chars().take(100).collect();
-    let message = format!("no route {method} {path}; see /v1/models, /v1/chat/completions, /v1/completions, /health, /metrics");
+    let message = format!("no route {method} {path}; see /v1/models, /v1/chat/completions, /v1/completions, /v1/moderations, /health, /metrics");
     refuse(404, "not_found", message).into()
 }
 
@@ -242,10 +246,19 @@ async fn run(app: &Arc<App>, endpoint: Endpoint, request: Request) -> Result<Res
         Err(refused) => return Ok(refused),
     };
     let limits = std::mem::take(&mut entered.limits);
-    let session = Session::open(app, &table, &ask, plan, entered).await?;
+    let (ask, guarded) = guard::request(app, &table, ask, &plan, guard::Who::of(&caller)).await?;
+    let session = Session::open(app, &table, &ask, plan, entered, guarded).await?;
     let mut response = Form::of(&ask, &session).answer(session).await?;
     response.headers_mut().extend(limits);
     Ok(response)
+}
+
+async fn moderate(State(app): Shared, request: Request) -> Result<Response, Failure> {
+    let (parts, body) = request.into_parts();
+    let table = app.tables.now();
+    let who = guard::Who::of(&Caller::of(&app, &parts.headers)?);
+    let body = intake::read_body(&table.limits, &parts.headers, body).await?;
+    Ok(guard::moderations(&app, &table, &who, &body).await?)
 }
 
 async fn models(State(app): Shared, headers: HeaderMap) -> Result<Json<ModelList>, Failure> {

@@ -11,6 +11,7 @@ use crate::{
     app::{GatewayConfig, GatewayState},
     ask::Ask,
     config::{Config, ConfigError, ModelSettings, Policy, RetrySettings},
+    guard::Guard,
     node::Node,
     route::{Budget, Canary, Choice, Decision, Load, PrefixIndex, Route, Rule, Target, random},
     upstream::Dialect,
@@ -37,6 +38,7 @@ pub(crate) struct Table {
     pub(crate) budget: Budget,
     /// The file's resolved form.
     pub(crate) config: Config,
+    pub(crate) guard: Guard,
     routes: BTreeMap<String, Arc<Route>>,
     /// Alias → route.
     aliases: BTreeMap<String, String>,
@@ -126,6 +128,7 @@ impl Table {
             nodes,
             budget: Budget::new(config.retry.budget_ratio, config.retry.budget_per_s, Instant::now()),
             retry: config.retry.clone(),
+            guard: Guard::new(&config.guard, state)?,
             config,
             routes,
             aliases,

@@ -62,6 +62,10 @@ pub struct Settlement {
     pub answer: Option<String>,
     /// What went wrong.
     pub error: Option<String>,
+    /// What the guard did: a JSON array of `{policy, stage, action, kind, score,
+    /// released_chars, count}`; `None` when it did nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guard: Option<String>,
 }
 
 /// Who answered. Where it is another than was admitted, the row names it in place
@@ -124,7 +128,7 @@ const ADMIT: &str = "INSERT INTO response (id, session, release, model, backend,
 const SETTLE: &str = "WITH e AS MATERIALIZED (SELECT value AS v FROM json_each($1)) \
      UPDATE response SET settled_ms = $2, finish = v->>1, prompt_tokens = v->>2, cached_tokens = v->>3, \
      completion_tokens = v->>4, queue_ms = v->>5, ttft_ms = v->>6, total_ms = v->>7, cost = v->>8, refusal = v->>9, \
-     answer = v->>10, error = v->>11, route = v->>12, \
+     answer = v->>10, error = v->>11, route = v->12->>0, guard = v->12->>1, \
      release = CASE WHEN v->>13 IS NULL THEN release ELSE v->>15 END, \
      model = COALESCE(v->>13, model), backend = COALESCE(v->>14, backend) \
      FROM e WHERE response.id = v->>0 AND finish IS NULL RETURNING id";
@@ -143,7 +147,7 @@ fn ended(e: &Ended) -> impl Serialize {
     let spent = (s.queue_ms, s.ttft_ms, s.total_ms, s.cost, i64::from(s.refusal));
     let said = (&s.answer, &s.error, &e.route);
     let by = (a.map(|a| &a.model), a.map(|a| &a.backend), a.and_then(|a| a.release.as_ref()));
-    (how.0, how.1, how.2, how.3, how.4, spent.0, spent.1, spent.2, spent.3, spent.4, said.0, said.1, said.2, by.0, by.1, by.2)
+    (how.0, how.1, how.2, how.3, how.4, spent.0, spent.1, spent.2, spent.3, spent.4, said.0, said.1, (said.2, &s.guard), by.0, by.1, by.2)
 }
 
 impl Store {
@@ -290,6 +294,7 @@ pub(crate) fn response_of(row: &SqliteRow) -> Result<ResponseRow, StoreError> {
             refusal: row.try_get::<Option<bool>, _>("refusal")?.unwrap_or(false),
             answer: row.try_get("answer")?,
             error: row.try_get("error")?,
+            guard: row.try_get("guard")?,
         }),
     };
     Ok(ResponseRow {

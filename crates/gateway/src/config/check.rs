@@ -75,6 +75,7 @@ impl Config {
                 positive(&format!("server.{key}"), n)?;
             }
         }
+        self.guard.check()?;
         let mut names: BTreeSet<&str> = self.models.keys().map(String::as_str).collect();
         for (name, m) in &self.models {
             for alias in &m.aliases {

@@ -2,7 +2,7 @@
 
 use super::{
     Stage, Who,
-    abuse::Strike,
+    abuse::{EndUser, Strike},
     judge::{AskJudge, Judgement},
     log::{Counters, Log},
     policy::Policy,
@@ -28,10 +28,20 @@ pub(crate) struct Active {
     /// What was said, for a judge of the answer.
     pub(super) said: String,
     pub(super) ask: AskJudge,
-    pub(super) strikes: Arc<Mutex<Vec<Strike>>>,
+    /// Whom strikes are held against; `None` where no one counts or is named.
+    pub(super) user: Option<EndUser>,
+    pub(super) strikes: Mutex<Vec<Strike>>,
 }
 
 impl Active {
+    /// Writes the strikes so far down.
+    pub(super) async fn strike(&self, response: &str) {
+        let strikes = std::mem::take(&mut *self.strikes.lock().unwrap_or_else(PoisonError::into_inner));
+        if let Some(user) = self.user.as_ref().filter(|_| !strikes.is_empty()) {
+            user.strike(response, strikes).await;
+        }
+    }
+
     /// Writes down that `policy` found `kind`.
     pub(super) fn found(&self, policy: &Policy, stage: Stage, kind: &str, score: f64) {
         if self.log.note(&policy.name, stage, policy.action, kind, score) {
@@ -70,6 +80,11 @@ impl Active {
                 closed
             }
         }
+    }
+
+    /// Whether there is nothing to look at and nothing to put back.
+    pub(super) fn idle(&self) -> bool {
+        self.policies.is_empty() && self.vault.is_none()
     }
 
     /// Whether text leaves only once all of it is there.
@@ -121,7 +136,8 @@ pub(super) mod tests {
                     Ok(if bad { "unsafe\nS1,S10" } else { "safe" }.to_owned())
                 })
             }),
-            strikes: Arc::default(),
+            user: None,
+            strikes: Mutex::default(),
         }
     }
 }

@@ -102,14 +102,14 @@ impl Answer {
             }
             Piece::Chunk(chunk) => {
                 self.gains = self.gains.saturating_add(chunk.gains);
-                let gains = chunk.gains;
+                // The whole answer was paid for, whoever sees it.
+                let (gains, usage) = (chunk.gains, chunk.usage.clone().filter(|_| !self.stream));
                 match self.chunk(chunk).await {
                     Ok(pieces) => pieces,
                     Err(Blocked) => {
                         let mut out = self.block();
-                        // The tokens came, whoever saw them.
                         if let Some(Piece::Chunk(c)) = out.first_mut() {
-                            c.gains = gains;
+                            (c.gains, c.usage) = (gains, usage);
                         }
                         out
                     }
@@ -393,6 +393,11 @@ impl Answer {
             }));
         }
         out
+    }
+
+    /// Writes down what counts against the end user.
+    pub(crate) async fn strike(&self, response: &str) {
+        self.active.strike(response).await;
     }
 
     /// An error on its way out: an upstream's words may hold the answer's.

@@ -169,7 +169,7 @@ mod tests {
 
     fn who(key: &str, team: &str) -> Who {
         let some = |s: &str| (!s.is_empty()).then(|| s.to_owned());
-        Who { key: some(key), team: some(team), user: None }
+        Who { key: some(key), team: some(team) }
     }
 
     #[test]

@@ -22,7 +22,7 @@ const SHINGLE: usize = 3;
 
 /// Hashes of what may not be said.
 #[derive(Debug, Default)]
-pub(crate) struct Takedowns(RwLock<HashSet<u64>>);
+pub struct Takedowns(RwLock<HashSet<u64>>);
 
 fn hash(words: &[(String, Range<usize>)]) -> u64 {
     // With fixed keys: the same in every process.
@@ -41,7 +41,7 @@ pub fn shingles(text: &str) -> Vec<u64> {
 
 impl Takedowns {
     /// Puts `hashes` in place of what was there.
-    pub(crate) fn set(&self, hashes: HashSet<u64>) {
+    pub fn set(&self, hashes: HashSet<u64>) {
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = hashes;
     }
 
