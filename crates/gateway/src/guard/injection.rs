@@ -15,7 +15,7 @@ const PATTERNS: &[(f64, &str)] = &[
     (0.75, "ignore|disregard|forget|override your|the|all instructions|rules|guidelines|programming|training|safety|restrictions|filters"),
     (0.7, "ignore|forget|disregard everything|anything .. before|above|previously|told"),
     (0.7, "reveal|print|show|repeat|output|leak|give|tell .. your|the|me system|hidden|initial|secret|original|developer prompt|instructions|message"),
-    (0.65, "repeat|print|output everything|all|the|text|words above|before .. verbatim|line|conversation|prompt"),
+    (0.65, "repeat|print|output .. text|words|everything|all .. above|before"),
     (0.7, "what is|are|was|were your|the system|hidden|initial|original|secret prompt|instructions"),
     (0.7, "you are|re now|no longer dan|unrestricted|unfiltered|jailbroken|uncensored|free|bound|jailbreak"),
     (0.65, "act|behave|respond|pretend as|like|to .. no|without .. restrictions|rules|limits|filter|filters|guidelines|limitations|censorship"),

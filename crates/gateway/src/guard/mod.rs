@@ -50,6 +50,7 @@ use crate::{
     table::{Plan, Table},
     upstream::Piece,
 };
+pub(crate) use phrases::Phrases;
 use abuse::{EndUser, Standings};
 use active::Active;
 use ashlar_api::ApiError;
