@@ -6,9 +6,11 @@
 mod bench;
 mod chat;
 mod doctor;
+mod encoder;
 mod out;
 mod recipe;
 mod release;
+mod router;
 mod serve;
 mod sign;
 mod takedown;
@@ -132,6 +134,30 @@ enum GatewayVerb {
         /// The file, as for `serve --config`.
         file: PathBuf,
     },
+    /// Train the classifier of `policy = "task"` on labelled prompts.
+    TrainRouter {
+        /// JSON lines: {prompt, label}, or {prompt, model, score}.
+        #[arg(long, value_name = "FILE")]
+        data: PathBuf,
+        #[command(flatten)]
+        files: router::Files,
+    },
+    /// Choose the threshold of `policy = "quality"` from evaluation results.
+    Calibrate {
+        /// JSON lines: {prompt, scores: {model: score}}.
+        #[arg(long, value_name = "FILE")]
+        data: PathBuf,
+        /// The model that is better and dearer.
+        #[arg(long, value_name = "MODEL")]
+        strong: String,
+        /// The model that is cheaper.
+        #[arg(long, value_name = "MODEL")]
+        weak: String,
+        #[command(flatten)]
+        wanted: router::Wanted,
+        #[command(flatten)]
+        files: router::Files,
+    },
 }
 
 fn main() -> ExitCode {
@@ -162,7 +188,13 @@ async fn run(args: Args) -> Result<()> {
         Verb::Serve { model, config, listen, engine } => {
             serve::run(&home, model.as_deref(), config.as_deref(), &listen, &engine, json).await
         }
-        Verb::Gateway { what: GatewayVerb::Check { file } } => serve::check_config(&file, json),
+        Verb::Gateway { what } => match what {
+            GatewayVerb::Check { file } => serve::check_config(&file, json),
+            GatewayVerb::TrainRouter { data, files } => router::train(&data, &files, json),
+            GatewayVerb::Calibrate { data, strong, weak, wanted, files } => {
+                router::calibrate(&data, (&strong, &weak), &wanted, &files, json)
+            }
+        },
         Verb::Chat { model, template } => chat::run(&home, &model, template).await,
         Verb::Bench { what } => bench::run(what, json).await,
         Verb::Sign { dir, key } => sign::sign(&dir, &key, json),

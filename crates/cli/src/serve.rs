@@ -1,6 +1,6 @@
 //! Serving a release or a file through the gateway, and asking it.
 
-use crate::{out, trace::Overlaps};
+use crate::{encoder, out, trace::Overlaps};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use ashlar_api::Backend;
 use ashlar_engine::{EngineConfig, KvType, LocalBackend, MemoryPlan};
@@ -170,6 +170,10 @@ async fn start_all(
     if let Some(path) = config {
         state.routing = read_config(path)?;
         state.routing_file = Some(path.to_owned());
+    }
+    if let Some(settings) = state.routing.encoder.clone() {
+        let (embed, info) = tokio::task::spawn_blocking(move || encoder::open(&settings)).await??;
+        (state.embed, state.encoder) = (Some(embed), Some(info));
     }
     let listed = state.routing.backends.iter().filter(|(_, b)| b.kind == Some(Dialect::Engine));
     let listed = listed.filter_map(|(name, b)| Some((Some(name.clone()), b.serve.clone()?)));

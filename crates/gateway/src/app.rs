@@ -2,6 +2,7 @@
 
 use crate::{
     config::Config,
+    embed::{Embed, EncoderInfo},
     metrics::{BackendGauges, Gauges, Metrics},
     recorder::{Ledger, LiveTable},
     route::{Decisions, Route, Target},
@@ -100,6 +101,10 @@ pub struct GatewayState {
     pub accounts: Option<Accounts>,
     /// What tokens and machines cost.
     pub prices: Option<Arc<PriceList>>,
+    /// The encoder of `[encoder]`, and which it is; both or neither.
+    pub embed: Option<Embed>,
+    /// What `embed` is: heads are checked against it.
+    pub encoder: Option<EncoderInfo>,
 }
 
 impl GatewayState {
@@ -118,6 +123,8 @@ impl GatewayState {
             routing_file: None,
             accounts: None,
             prices: None,
+            embed: None,
+            encoder: None,
         }
     }
 }

@@ -36,13 +36,16 @@ mod attempt;
 mod config;
 mod console;
 mod door;
+mod embed;
 mod error;
 mod graph;
 pub mod guard;
+mod head;
 mod health;
 mod intake;
 mod metrics;
 mod node;
+mod quality;
 mod recorder;
 pub mod refusal;
 mod reply;
@@ -55,8 +58,11 @@ mod upstream;
 
 pub use app::{GatewayConfig, GatewayState, Rank, Served};
 pub use config::{
-    AccountsSettings, BackendSettings, CanarySettings, Config, ConfigError, ModelSettings, Policy, RetrySettings, RuleSettings,
-    ServerSettings, TargetSettings,
+    AccountsSettings, BackendSettings, CanarySettings, Config, ConfigError, EncoderSettings, ModelSettings, Policy, QualitySettings, RetrySettings, RuleSettings,
+    ServerSettings, TargetSettings, TaskSettings,
 };
+pub use embed::{Embed, EncoderId, EncoderInfo};
+pub use head::{Examples, Head, HeadError, HeadKind, Report};
+pub use quality::{Point, Quality, QualityError, Scored, Want};
 pub use server::{check, serve};
 pub use upstream::{Dialect, Tokens};

@@ -10,6 +10,7 @@ use crate::{
     config::{Config, ConfigError},
     console,
     door::Caller,
+    embed,
     error::{Failure, refuse},
     guard, intake,
     metrics::Metrics,
@@ -240,6 +241,9 @@ async fn run(app: &Arc<App>, endpoint: Endpoint, request: Request) -> Result<Res
     let ask = Ask::read(endpoint, parts.headers, body, arrived)?;
     let route = caller.route(app, &table, &ask.model)?;
     let ask = caller.narrow(ask, &route)?;
+    if table.wants_vector(&route) {
+        embed::question(&app.state, &ask).await;
+    }
     let plan = table.plan(&ask, route)?;
     let mut entered = match caller.enter(app, &table, &ask, &plan).await {
         Ok(entered) => entered,

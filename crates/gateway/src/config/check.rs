@@ -121,6 +121,7 @@ impl Config {
                 }
             }
         }
+        super::fit::check(name, m, self.encoder.is_some())?;
         if let Some(s) = m.hedge_after_s {
             positive(&format!("models.{name}.hedge_after_s"), s)?;
         }
