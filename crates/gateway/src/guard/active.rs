@@ -5,15 +5,19 @@ use super::{
     abuse::{EndUser, Strike},
     judge::{AskJudge, Judgement},
     log::{Counters, Log},
-    policy::Policy,
+    policy::{Check, Policy},
     schema::Schema,
     settings::OnFailure,
 };
+use crate::embed::{self, Embed};
 use ashlar_text::detect::Vault;
 use std::{
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
+
+/// Labels of a classifier that say that all is well.
+const HARMLESS: &[&str] = &["safe", "none", "ok", "harmless"];
 
 /// What guards one request's answer.
 pub(crate) struct Active {
@@ -28,6 +32,7 @@ pub(crate) struct Active {
     /// What was said, for a judge of the answer.
     pub(super) said: String,
     pub(super) ask: AskJudge,
+    pub(super) embed: Option<Embed>,
     /// Whom strikes are held against; `None` where no one counts or is named.
     pub(super) user: Option<EndUser>,
     pub(super) strikes: Mutex<Vec<Strike>>,
@@ -57,8 +62,28 @@ impl Active {
     /// Asks a judge about `window`; whether it is a violation, which is written
     /// down.
     pub(super) async fn judged(&self, policy: &Policy, stage: Stage, window: &str) -> bool {
-        let judgement = ask(&self.ask, policy, stage, &self.said, window).await;
+        let judgement = self.ask(policy, stage, window).await;
         self.weigh(policy, stage, judgement)
+    }
+
+    /// A judge's or classifier's word on `window`.
+    pub(super) async fn ask(&self, policy: &Policy, stage: Stage, window: &str) -> Result<Judgement, String> {
+        match &policy.check {
+            Check::Head(head) => {
+                let by = self.embed.as_ref().ok_or("there is no encoder")?;
+                let limit = Duration::from_secs_f64(policy.settings.timeout_s);
+                let rows = tokio::time::timeout(limit, embed::embed(by, vec![window.to_owned()])).await;
+                let rows = rows.map_err(|_| format!("no verdict within {} s", limit.as_secs_f64()))?.map_err(|e| e.message)?;
+                let row = rows.first().ok_or("the encoder gave nothing")?;
+                let scores = head.predict(row).map_err(|e| e.to_string())?;
+                let over = head.labels.iter().zip(scores).map(|(l, s)| (l, f64::from(s))).filter(|(l, s)| {
+                    !HARMLESS.contains(&l.as_str()) && *s >= policy.threshold(l, &self.who)
+                });
+                let over: Vec<(String, f64)> = over.map(|(l, s)| (l.clone(), s)).collect();
+                Ok(if over.is_empty() { Judgement::Safe } else { Judgement::Unsafe(over) })
+            }
+            _ => ask(&self.ask, policy, stage, &self.said, window).await,
+        }
     }
 
     /// Writes a judge's word down; whether it is a violation.
@@ -66,7 +91,7 @@ impl Active {
         match judgement {
             Ok(Judgement::Safe) => false,
             Ok(Judgement::Unsafe(kinds)) => {
-                kinds.iter().for_each(|kind| self.found(policy, stage, kind, 1.0));
+                kinds.iter().for_each(|(kind, score)| self.found(policy, stage, kind, *score));
                 true
             }
             Err(_) => {
@@ -89,7 +114,7 @@ impl Active {
 
     /// Whether text leaves only once all of it is there.
     pub(super) fn whole(&self) -> bool {
-        self.policies.iter().any(|p| matches!(p.check, super::policy::Check::Schema(_)) && p.holds())
+        self.policies.iter().any(|p| matches!(p.check, Check::Schema(_)) && p.holds())
     }
 
     /// Whether an answer could be changed or ended.
@@ -117,7 +142,7 @@ pub(super) mod tests {
     /// unsafe.
     pub(crate) fn active(toml: &str) -> Active {
         let config = Config::parse(toml).unwrap();
-        let policies = config.guard.policies.iter().map(|(n, p)| Arc::new(Policy::new(n, p, &Arc::default()).unwrap()));
+        let policies = config.guard.policies.iter().map(|(n, p)| Arc::new(Policy::new(n, p, &Arc::default(), None).unwrap()));
         Active {
             policies: policies.collect(),
             who: Who::default(),
@@ -136,6 +161,7 @@ pub(super) mod tests {
                     Ok(if bad { "unsafe\nS1,S10" } else { "safe" }.to_owned())
                 })
             }),
+            embed: None,
             user: None,
             strikes: Mutex::default(),
         }

@@ -1,8 +1,9 @@
 //! The guard of an answer: every piece goes in, and what may leave comes out.
 //!
 //! A whole answer is judged whole: nothing of it leaves before. In a stream each
-//! text has a channel of its own; when another text of the same choice goes on,
-//! or the choice ends, what a channel still holds leaves first. A block ends the
+//! text has a channel of its own; when another text of the same choice goes on
+//! for the first time, or the choice ends, what a channel still holds leaves
+//! first. A block ends the
 //! stream with `finish_reason: "content_filter"`, and the upstream is told to
 //! stop by being dropped.
 //!
@@ -11,7 +12,7 @@
 
 use super::{
     Action, Stage,
-    active::{Active, ask},
+    active::Active,
     channel::{Channel, Outcome},
     judge::Judgement,
     policy::Check,
@@ -142,7 +143,7 @@ impl Answer {
                 let active = active.clone();
                 self.asked.spawn(async move {
                     let policy = &active.policies[due.policy];
-                    (due.policy, ask(&active.ask, policy, Stage::Answer, &active.said, &due.window).await)
+                    (due.policy, active.ask(policy, Stage::Answer, &due.window).await)
                 });
             }
         }
@@ -237,7 +238,7 @@ impl Answer {
         for leaf in &shape.leaves {
             let text = object.pointer(&leaf.at).and_then(Value::as_str).unwrap_or("").to_owned();
             if self.stream && !text.is_empty() {
-                before.extend(self.others(leaf.choice, &leaf.channel).await?);
+                before.extend(self.others(leaf.choice, Some(&leaf.channel)).await?);
             }
             let ends = !self.stream || shape.choices.iter().any(|(c, _, ends)| *c == leaf.choice && *ends);
             let free = self.text(&(leaf.choice, leaf.channel.clone()), &text, ends).await?;
@@ -251,7 +252,7 @@ impl Answer {
         }
         for (choice, _, ends) in shape.choices.iter().filter(|(_, _, ends)| *ends) {
             // The finish may not overtake the text.
-            before.extend(self.others(*choice, "").await?);
+            before.extend(self.others(*choice, None).await?);
             self.choices.insert(*choice, *ends);
         }
         if !self.stream {
@@ -284,10 +285,18 @@ impl Answer {
         Ok(())
     }
 
-    /// What the other channels of a choice hold, as chunks of their own.
-    async fn others(&mut self, choice: u64, but: &str) -> Result<Vec<Piece>, Blocked> {
-        let waiting = self.channels.iter().filter(|((c, name), ch)| *c == choice && name != but && ch.waits());
-        let waiting: Vec<Key> = waiting.map(|(key, _)| key.clone()).collect();
+    /// What a choice's channels hold, as chunks of their own: at its end, or
+    /// because the channel `next` goes on. For that a channel is let go once only:
+    /// texts that take turns would put a secret together piece by piece.
+    async fn others(&mut self, choice: u64, next: Option<&str>) -> Result<Vec<Piece>, Blocked> {
+        let due = |name: &str, ch: &Channel| ch.waits() && next.is_none_or(|next| name != next && !ch.passed);
+        let waiting = self.channels.iter_mut().filter(|((c, name), ch)| *c == choice && due(name, ch));
+        let waiting: Vec<Key> = waiting
+            .map(|(key, ch)| {
+                ch.passed |= next.is_some();
+                key.clone()
+            })
+            .collect();
         let mut out = Vec::new();
         for key in waiting {
             let free = self.text(&key, "", true).await?;
@@ -349,7 +358,7 @@ impl Answer {
         } else {
             let choices: Vec<u64> = self.choices.keys().copied().collect();
             for choice in choices {
-                out.extend(self.others(choice, "").await?);
+                out.extend(self.others(choice, None).await?);
             }
         }
         self.verdicts().await?;

@@ -31,6 +31,8 @@ pub(super) struct Channel {
     /// Bytes of `text` that have left.
     out: usize,
     restoring: Held,
+    /// It was let go once because another text went on.
+    pub(super) passed: bool,
     /// Of each policy.
     marks: Vec<Mark>,
 }
@@ -85,7 +87,7 @@ impl Channel {
         self.marks(active);
         let mut out = Vec::new();
         let whole = self.base + self.text.len();
-        for (policy, p) in active.policies.iter().enumerate().filter(|(_, p)| matches!(p.check, Check::Judge)) {
+        for (policy, p) in active.policies.iter().enumerate().filter(|(_, p)| p.asks()) {
             let mark = &mut self.marks[policy];
             let from = mark.asked.saturating_sub(self.base).min(self.text.len());
             let fresh = self.text.get(from..).unwrap_or("").chars().count();
@@ -147,7 +149,7 @@ impl Channel {
                     }
                 }
                 // Whoever asks judges waits for them before calling this.
-                Check::Judge => upto = mark.asked.saturating_sub(self.base).min(whole),
+                Check::Judge | Check::Head(_) => upto = mark.asked.saturating_sub(self.base).min(whole),
                 Check::Schema(_) if end => {}
                 Check::Schema(_) => upto = 0,
             }

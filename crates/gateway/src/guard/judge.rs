@@ -31,8 +31,9 @@ pub(crate) struct Turn {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Judgement {
     Safe,
-    /// The kinds: our categories where a hazard has one, else its number.
-    Unsafe(Vec<String>),
+    /// The kinds, our categories where a hazard has one, else its number, with
+    /// their scores.
+    Unsafe(Vec<(String, f64)>),
 }
 
 /// What a judge is sent.
@@ -85,7 +86,7 @@ pub(super) fn parse(answer: &str) -> Result<Judgement, String> {
             if kinds.is_empty() {
                 kinds.push("unsafe".into());
             }
-            Ok(Judgement::Unsafe(kinds))
+            Ok(Judgement::Unsafe(kinds.into_iter().map(|k| (k, 1.0)).collect()))
         }
         _ => Err("the judge said neither safe nor unsafe".into()),
     }
@@ -100,7 +101,7 @@ mod tests {
         assert_eq!(parse("\n\nsafe\n"), Ok(Judgement::Safe));
         assert_eq!(parse("Safe."), Ok(Judgement::Safe));
         let kinds = |text| match parse(text) {
-            Ok(Judgement::Unsafe(kinds)) => kinds.join(" "),
+            Ok(Judgement::Unsafe(kinds)) => kinds.into_iter().map(|(k, _)| k).collect::<Vec<_>>().join(" "),
             other => format!("{other:?}"),
         };
         assert_eq!(kinds("unsafe\nS1,S10"), "illicit/violent violence hate");

@@ -100,7 +100,9 @@ impl Guard {
     /// # Errors
     /// When a policy cannot be put to work.
     pub(crate) fn new(settings: &GuardSettings, state: &GatewayState) -> Result<Self, ConfigError> {
-        let policies = settings.policies.iter().map(|(name, p)| Policy::new(name, p, &state.takedowns).map(Arc::new));
+        let policies = settings.policies.iter().map(|(name, p)| {
+            Policy::new(name, p, &state.takedowns, state.encoder.as_ref().map(|e| &e.id)).map(Arc::new)
+        });
         if let Some(name) = settings.abuse.as_ref().and_then(|a| a.salt_env.as_ref())
             && std::env::var(name).is_err()
         {
@@ -193,6 +195,7 @@ pub(crate) async fn request(
         vault: None,
         said: String::new(),
         ask: judge_of(app),
+        embed: app.state.embed.clone(),
         user,
         strikes: Mutex::default(),
         who,
@@ -277,7 +280,7 @@ async fn check(
                     kinds.push(kind);
                 }
             }
-            Check::Judge => {
+            Check::Judge | Check::Head(_) => {
                 let last = said.last().map_or("", String::as_str);
                 let window: String = {
                     let skip = last.chars().count().saturating_sub(policy.settings.window_chars);

@@ -71,7 +71,7 @@ pub(super) async fn answer(
                     Judgement::Safe => (Scores::default(), false),
                     Judgement::Unsafe(kinds) => {
                         let mut scores = Scores::default();
-                        kinds.iter().filter_map(|k| Category::from_str(k).ok()).for_each(|c| scores.raise(c, 1.0));
+                        kinds.iter().filter_map(|(k, s)| Some((Category::from_str(k).ok()?, *s))).for_each(|(c, s)| scores.raise(c, s));
                         (scores, true)
                     }
                 };

@@ -9,7 +9,7 @@ use super::{
     settings::{PolicySettings, Release, listed},
     takedown::Takedowns,
 };
-use crate::config::ConfigError;
+use crate::{config::ConfigError, embed::EncoderId, head::Head};
 use ashlar_text::detect::{Kind, Kinds, Scanner};
 use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
@@ -30,6 +30,8 @@ pub(super) enum Check {
     Phrases { deny: Phrases<String>, allow: Phrases<()> },
     Moderation,
     Injection,
+    /// A classifier.
+    Head(Arc<Head>),
     Judge,
     Schema(Option<Arc<Schema>>),
     Takedown(Arc<Takedowns>),
@@ -45,7 +47,7 @@ pub(super) struct Hit {
 }
 
 impl Policy {
-    pub(super) fn new(name: &str, settings: &PolicySettings, takedowns: &Arc<Takedowns>) -> Result<Self, ConfigError> {
+    pub(super) fn new(name: &str, settings: &PolicySettings, takedowns: &Arc<Takedowns>, encoder: Option<&EncoderId>) -> Result<Self, ConfigError> {
         let invalid = |key: &str, why: String| ConfigError::Invalid { path: format!("guard.policies.{name}.{key}"), why };
         let kind = settings.check.ok_or_else(|| invalid("check", "it is missing".into()))?;
         let phrases = |key: &str, list: &[String]| {
@@ -63,6 +65,15 @@ impl Policy {
             },
             CheckKind::Moderation => Check::Moderation,
             CheckKind::Injection => Check::Injection,
+            CheckKind::Head => {
+                let path = settings.head.clone().unwrap_or_default();
+                let read = || {
+                    let encoder = encoder.ok_or("it reads an encoder's vectors, and there is no [encoder]")?;
+                    let json = std::fs::read(&path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+                    Head::from_json(&json, encoder).map_err(|e| e.to_string())
+                };
+                Check::Head(Arc::new(read().map_err(|why| invalid("head", why))?))
+            }
             CheckKind::Judge => Check::Judge,
             CheckKind::Schema => {
                 let read = |path: &std::path::PathBuf| {
@@ -150,6 +161,11 @@ impl Policy {
         }
     }
 
+    /// Whether it takes its time, and is asked for windows of a text.
+    pub(super) fn asks(&self) -> bool {
+        matches!(self.check, Check::Judge | Check::Head(_))
+    }
+
     /// The categories whose scores reach their thresholds.
     pub(super) fn above(&self, scores: &Scores, who: &Who) -> Vec<(String, f64)> {
         let over = scores.iter().filter(|(c, s)| *s >= self.threshold(c.as_str(), who));
@@ -164,7 +180,7 @@ mod tests {
 
     fn policy(toml: &str) -> Policy {
         let config = Config::parse(&format!("[guard.policies.p]\n{toml}")).unwrap();
-        Policy::new("p", &config.guard.policies["p"], &Arc::default()).unwrap()
+        Policy::new("p", &config.guard.policies["p"], &Arc::default(), None).unwrap()
     }
 
     fn who(key: &str, team: &str) -> Who {

@@ -27,6 +27,8 @@ pub enum CheckKind {
     Phrases,
     /// The 13 categories, by a lexicon.
     Moderation,
+    /// A classifier over the encoder's vectors, trained by `ashlar guard train`.
+    Head,
     /// A served model's verdict.
     Judge,
     /// Attempts to take the model's instructions over.
@@ -44,6 +46,7 @@ impl CheckKind {
             Self::Pii => "pii",
             Self::Phrases => "phrases",
             Self::Moderation => "moderation",
+            Self::Head => "head",
             Self::Judge => "judge",
             Self::Injection => "injection",
             Self::Schema => "schema",
@@ -124,6 +127,9 @@ pub struct PolicySettings {
     pub thresholds: BTreeMap<String, f64>,
     /// Other thresholds for these teams or keys.
     pub tenants: BTreeMap<String, BTreeMap<String, f64>>,
+    /// The classifier's file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub head: Option<PathBuf>,
     /// The served model that judges.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub judge: Option<String>,
@@ -133,7 +139,7 @@ pub struct PolicySettings {
     pub on_failure: OnFailure,
     /// Seconds for a verdict.
     pub timeout_s: f64,
-    /// Characters of an answer that a judge reads at once.
+    /// Characters of an answer that a judge or head reads at once.
     pub window_chars: usize,
     /// Characters after which it is asked again.
     pub step_chars: usize,
@@ -164,6 +170,7 @@ impl Default for PolicySettings {
             allow: Vec::new(),
             thresholds: BTreeMap::new(),
             tenants: BTreeMap::new(),
+            head: None,
             judge: None,
             protocol: Protocol::default(),
             on_failure: OnFailure::default(),
@@ -270,6 +277,7 @@ impl PolicySettings {
             none("kinds", !self.kinds.is_empty(), CheckKind::Pii),
             none("phrases", !self.phrases.is_empty(), CheckKind::Phrases),
             none("allow", !self.allow.is_empty(), CheckKind::Phrases),
+            none("head", self.head.is_some(), CheckKind::Head),
             none("judge", self.judge.is_some(), CheckKind::Judge),
             none("schema_file", self.schema_file.is_some(), CheckKind::Schema),
         ];
@@ -278,6 +286,7 @@ impl PolicySettings {
         }
         match check {
             CheckKind::Phrases if self.phrases.is_empty() => return invalid("phrases", "it is empty: nothing would be found".into()),
+            CheckKind::Head if self.head.is_none() => return invalid("head", "it is missing: name the classifier's file".into()),
             CheckKind::Judge => match &self.judge {
                 None => return invalid("judge", "it is missing: name a served model".into()),
                 // It may be an engine's, which the file does not list.
@@ -297,7 +306,7 @@ impl PolicySettings {
             .chain(self.tenants.iter().map(|(t, own)| (format!("tenants.{t}"), own)))
         {
             for (category, n) in thresholds {
-                let known = category == "all" || category.parse::<Category>().is_ok() || check == CheckKind::Injection && category == "injection";
+                let known = check == CheckKind::Head || category == "all" || category.parse::<Category>().is_ok() || check == CheckKind::Injection && category == "injection";
                 if !known {
                     let names = Category::ALL.map(Category::as_str).join(", ");
                     return invalid(&at, format!("there is no category {category:?}: known are all, {names}"));

@@ -28,6 +28,8 @@ pub(crate) use anthropic::{Anthropic, VERSION as ANTHROPIC_VERSION};
 pub(crate) use error::UpstreamError;
 pub(crate) use http::{Link, LinkSettings};
 pub(crate) use local::{Call, Local};
+#[cfg(test)]
+pub(crate) use openai::pieces;
 pub(crate) use openai::{OpenAi, string as json_string};
 
 use crate::ask::Ask;

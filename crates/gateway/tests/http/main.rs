@@ -1,6 +1,7 @@
 //! The server as clients meet it, over sockets, with a scripted backend and a
 //! real store.
 
+mod guard;
 mod mock;
 mod peers;
 mod support;

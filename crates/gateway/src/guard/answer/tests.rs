@@ -282,3 +282,83 @@ async fn an_upstreams_error_is_guarded() {
     assert_eq!(guard(REDACT).error(error()).message, "cannot parse <SECRET>, mail <EMAIL>");
     assert!(!guard(BLOCK).error(error()).message.contains("AKIA"));
 }
+
+/// A stream's bytes: a secret and an address in every text, cut by the model.
+fn upstream(chat: bool) -> Vec<u8> {
+    let mut out = Vec::new();
+    let mut event = |object: Value| out.extend_from_slice(format!("data: {object}\r\n\r\n").as_bytes());
+    for part in ["Grüße, the key is AKIA", "IOSFODNN", "7EXAMPLE and \"anna@exam", "ple.org\" \u{1f9f1}."] {
+        if !chat {
+            event(json!({"object": "text_completion", "created": 1, "choices": [{"index": 0, "text": part, "logprobs": null, "finish_reason": null}]}));
+            continue;
+        }
+        for delta in [json!({"content": part}), json!({"reasoning_content": part}), json!({"tool_calls": [{"index": 0, "function": {"arguments": part}}]})] {
+            event(json!({"object": "chat.completion.chunk", "created": 1, "choices": [{"index": 0, "delta": delta, "finish_reason": null}]}));
+        }
+    }
+    event(json!({"object": "x", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}));
+    event(json!({"object": "x", "choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}));
+    out.extend_from_slice(b"data: [DONE]\n\n");
+    out
+}
+
+#[tokio::test]
+async fn no_cut_of_the_upstreams_bytes_lets_a_secret_out() {
+    for chat in [true, false] {
+        let bytes = upstream(chat);
+        // Texts of one choice that alternate are flushed at each change: whole
+        // secrets are what must not be put together.
+        for cut in 0..=bytes.len() {
+            let pieces = crate::upstream::pieces(&[&bytes[..cut], &bytes[cut..]]);
+            let (seen, _) = run(REDACT, true, pieces).await;
+            assert_eq!(seen.end, Some(Finish::Stop), "{cut}");
+            for text in seen.texts.values() {
+                assert!(!text.contains(KEY) && !text.contains("anna@example.org"), "{cut}: {text}");
+            }
+            if !chat {
+                assert_eq!(seen.text(0, "text"), "Grüße, the key is <SECRET> and \"<EMAIL>\" \u{1f9f1}.");
+            }
+        }
+    }
+}
+
+/// Each token's text leaves at most one token later, but for one in twenty.
+#[tokio::test]
+async fn a_guarded_stream_is_at_most_a_token_late() {
+    const TEXT: &str = "To apply for parental leave, write to your manager at least eight weeks before it begins. \
+        The form is on the intranet, under \u{201c}Leave\u{201d}; room 214 keeps printed copies. In 2024, 31 people took it, \
+        for 12.5 weeks on average (see table 3-1). Costs of up to 1,200 EUR are refunded! You may call the desk from 9:00 to \
+        17:30, or ask Ms. Lehmann, who knows the rules by heart. Wenn Sie Fragen haben, schreiben Sie uns einfach. Here is how:\n\n\
+        1. Open the portal and sign in.\n2. Choose a date; the earliest is 2025-03-01.\n3. Press `Send`.\n\n```rust\n\
+        fn main() { println!(\"{}\", days(40_000, 0x1f)); }\n```\nThat is all there is to it. ";
+    let toml = format!("{REDACT}\n[guard.policies.b]\ncheck = \"phrases\"\nphrases = [\"project falcon\", \"you may not\"]\n\
+        [guard.policies.m]\ncheck = \"moderation\"\n[guard.policies.i]\ncheck = \"injection\"");
+    // As a tokenizer cuts: a word with its space, at most six characters.
+    let mut tokens: Vec<String> = Vec::new();
+    for c in TEXT.repeat(4).chars() {
+        match tokens.last_mut() {
+            Some(t) if c != ' ' && t.chars().count() < 6 && (c.is_alphanumeric() == t.ends_with(char::is_alphanumeric) || *t == " ") => t.push(c),
+            _ => tokens.push(c.into()),
+        }
+    }
+    let mut guard = Answer::new(Arc::new(active(&toml)), true, true, 3);
+    let (mut came, mut left) = (Vec::new(), 0usize);
+    let mut late = Vec::new();
+    let began = std::time::Instant::now();
+    for (i, token) in tokens.iter().enumerate() {
+        came.extend(token.chars().map(|_| i));
+        for piece in guard.push(Piece::Text(token.clone())).await {
+            if let Piece::Text(t) | Piece::Rest(t) = piece {
+                for _ in t.chars() {
+                    late.push(i - came[left]);
+                    left += 1;
+                }
+            }
+        }
+    }
+    let each = began.elapsed() / tokens.len() as u32;
+    late.sort_unstable();
+    let p = |q: f64| late[((late.len() - 1) as f64 * q) as usize];
+    eprintln!("tokens late: p50 {}, p95 {}, p99 {}, most {}; {each:?} of work a token, {} tokens", p(0.5), p(0.95), p(0.99), p(1.0), tokens.len());
+    assert!(late.len() > came.len() - 200 && p(0.95) <= 1, "p95 {}", p(0.95));
+}
