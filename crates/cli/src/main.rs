@@ -6,10 +6,12 @@
 mod bench;
 mod chat;
 mod doctor;
+mod encoder;
 mod keys;
 mod out;
 mod recipe;
 mod release;
+mod router;
 mod serve;
 mod sign;
 mod takedown;
@@ -152,6 +154,30 @@ enum GatewayVerb {
         /// The file, as for `serve --config`.
         file: PathBuf,
     },
+    /// Train the classifier of `policy = "task"` on labelled prompts.
+    TrainRouter {
+        /// JSON lines: {prompt, label}, or {prompt, model, score}.
+        #[arg(long, value_name = "FILE")]
+        data: PathBuf,
+        #[command(flatten)]
+        files: router::Files,
+    },
+    /// Choose the threshold of `policy = "quality"` from evaluation results.
+    Calibrate {
+        /// JSON lines: {prompt, scores: {model: score}}.
+        #[arg(long, value_name = "FILE")]
+        data: PathBuf,
+        /// The model that is better and dearer.
+        #[arg(long, value_name = "MODEL")]
+        strong: String,
+        /// The model that is cheaper.
+        #[arg(long, value_name = "MODEL")]
+        weak: String,
+        #[command(flatten)]
+        wanted: router::Wanted,
+        #[command(flatten)]
+        files: router::Files,
+    },
 }
 
 fn main() -> ExitCode {
@@ -182,7 +208,13 @@ async fn run(args: Args) -> Result<()> {
         Verb::Serve { model, config, listen, door, engine } => {
             serve::run(&home, model.as_deref(), config.as_deref(), &listen, door, &engine, json).await
         }
-        Verb::Gateway { what: GatewayVerb::Check { file } } => serve::check_config(&file, json),
+        Verb::Gateway { what } => match what {
+            GatewayVerb::Check { file } => serve::check_config(&file, json),
+            GatewayVerb::TrainRouter { data, files } => router::train(&data, &files, json),
+            GatewayVerb::Calibrate { data, strong, weak, wanted, files } => {
+                router::calibrate(&data, (&strong, &weak), &wanted, &files, json)
+            }
+        },
         Verb::Keys { at, what } => keys::keys(&home, &at, what, json).await,
         Verb::Teams { at, what } => keys::teams(&home, &at, what, json).await,
         Verb::Usage(args) => usage::run(&home, &args, json).await,

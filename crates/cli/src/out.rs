@@ -63,6 +63,8 @@ fn hint(error: &anyhow::Error) -> Option<String> {
             ashlar_govern::GovernError,
             ashlar_formats::FormatError,
             ashlar_gateway::ConfigError,
+            ashlar_gateway::HeadError,
+            ashlar_gateway::QualityError,
         );
     }
     None

@@ -1,6 +1,6 @@
 //! Serving a release or a file through the gateway, and asking it.
 
-use crate::{doctor, out, trace::Overlaps};
+use crate::{doctor, encoder, out, trace::Overlaps};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use ashlar_api::Backend;
 use ashlar_engine::{EngineConfig, KvType, LocalBackend, MemoryPlan, PackedCache};
@@ -199,6 +199,10 @@ async fn start_all(
     state.routing_file = file.map(Path::to_owned);
     state.config.require_keys = door.require_keys;
     (state.accounts, state.prices) = (Some(accounts.clone()), prices);
+    if let Some(settings) = state.routing.encoder.clone() {
+        let (embed, info) = tokio::task::spawn_blocking(move || encoder::open(&settings)).await??;
+        (state.embed, state.encoder) = (Some(embed), Some(info));
+    }
     let listed = state.routing.backends.iter().filter(|(_, b)| b.kind == Some(Dialect::Engine));
     let listed = listed.filter_map(|(name, b)| Some((Some(name.clone()), b.serve.clone()?)));
     let wanted: Vec<(Option<String>, String)> = model.map(|m| (None, m.to_owned())).into_iter().chain(listed).collect();

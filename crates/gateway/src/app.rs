@@ -2,6 +2,7 @@
 
 use crate::{
     config::Config,
+    embed::{Embed, EncoderInfo},
     ledger::Ledger,
     metrics::{BackendGauges, Gauges, Metrics},
     recorder::LiveTable,
@@ -91,6 +92,9 @@ pub struct GatewayState {
     pub routing: Config,
     /// Names of the file's engines: each with its place in `backends`.
     pub engines: BTreeMap<String, usize>,
+    /// Text of documents that were taken down, by hashes; the server fills it from
+    /// the store.
+    pub takedowns: Arc<crate::guard::Takedowns>,
     /// The file, read again when it changes or on SIGHUP.
     pub routing_file: Option<PathBuf>,
     /// Keys, limits and the usage ledger. Without them nothing is limited, and
@@ -98,6 +102,10 @@ pub struct GatewayState {
     pub accounts: Option<Accounts>,
     /// What tokens and machines cost.
     pub prices: Option<Arc<PriceList>>,
+    /// The encoder of `[encoder]`, and which it is; both or neither.
+    pub embed: Option<Embed>,
+    /// What `embed` is: heads are checked against it.
+    pub encoder: Option<EncoderInfo>,
 }
 
 impl GatewayState {
@@ -112,9 +120,12 @@ impl GatewayState {
             config: GatewayConfig::default(),
             routing: Config::default(),
             engines: BTreeMap::new(),
+            takedowns: Arc::default(),
             routing_file: None,
             accounts: None,
             prices: None,
+            embed: None,
+            encoder: None,
         }
     }
 }
@@ -128,6 +139,8 @@ pub(crate) struct App {
     pub(crate) live: LiveTable,
     pub(crate) decisions: Decisions,
     pub(crate) sessions: Sessions,
+    /// What the guard counts and knows of users.
+    pub(crate) guard: Arc<crate::guard::Shared>,
     /// True once answers in flight must end.
     pub(crate) stop: watch::Receiver<bool>,
 }

@@ -79,6 +79,9 @@ pub(crate) struct Ask {
     body: Bytes,
     fields: Vec<(String, Range<usize>)>,
     call: OnceLock<Result<Call, ApiError>>,
+    /// The vector of [`Ask::question`], where a policy looks at it, or why
+    /// there is none.
+    pub(crate) vector: OnceLock<Result<Vec<f32>, String>>,
 }
 
 /// A JSON object's top-level fields, unread.
@@ -147,6 +150,7 @@ impl Ask {
             body: body.clone(),
             fields,
             call: OnceLock::new(),
+            vector: OnceLock::new(),
         };
         ask.model = match ask.typed::<String>("model", "a string")? {
             None => return Err(missing("model")),
@@ -240,6 +244,19 @@ impl Ask {
         self.raw(self.endpoint.prompt()).unwrap_or("")
     }
 
+    /// What is asked, as text: the last turn of the user, or the prompt.
+    pub(crate) fn question(&self) -> String {
+        let field = self.raw(self.endpoint.prompt());
+        match field.and_then(|raw| serde_json::from_str::<serde_json::Value>(raw).ok()) {
+            Some(serde_json::Value::Array(turns)) => {
+                let said = turns.iter().rfind(|t| t["role"] == "user").or(turns.last());
+                said.map(|t| text_of(t.get("content").unwrap_or(t))).unwrap_or_default()
+            }
+            Some(prompt) => text_of(&prompt),
+            None => String::new(),
+        }
+    }
+
     /// Most tokens the client lets be generated.
     pub(crate) fn max_tokens(&self) -> Option<u32> {
         let read = |name| self.raw(name).and_then(|raw| raw.parse().ok());
@@ -250,6 +267,18 @@ impl Ask {
     pub(crate) fn prompt_estimate(&self) -> u32 {
         let bytes = self.prompt().len() + self.raw("tools").map_or(0, str::len);
         estimate(bytes)
+    }
+}
+
+/// The text of a message's content, whole or in parts.
+fn text_of(content: &serde_json::Value) -> String {
+    match content {
+        serde_json::Value::String(s) => s.clone(),
+        serde_json::Value::Array(parts) => {
+            let texts: Vec<&str> = parts.iter().filter_map(|p| p.as_str().or(p["text"].as_str())).collect();
+            texts.join("\n")
+        }
+        _ => String::new(),
     }
 }
 

@@ -24,10 +24,12 @@
 
 mod accounts;
 mod check;
+mod fit;
 
 pub use accounts::AccountsSettings;
+pub use fit::{QualitySettings, TaskSettings};
 
-use crate::upstream::Dialect;
+use crate::{guard::GuardSettings, upstream::Dialect};
 use ashlar_core::{Fault, Hint};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, path::PathBuf};
@@ -38,6 +40,9 @@ use std::{collections::BTreeMap, path::PathBuf};
 pub struct Config {
     /// Keys, limits and usage.
     pub accounts: AccountsSettings,
+    /// The encoder that classifiers and `/v1/embeddings` use.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub encoder: Option<EncoderSettings>,
     /// Limits of the server; what is left out keeps the command line's.
     pub server: ServerSettings,
     /// Retries of all models together.
@@ -46,6 +51,8 @@ pub struct Config {
     pub backends: BTreeMap<String, BackendSettings>,
     /// What clients may ask for, by name.
     pub models: BTreeMap<String, ModelSettings>,
+    /// What is looked for in requests and answers.
+    pub guard: GuardSettings,
 }
 
 /// `[server]`.
@@ -64,6 +71,18 @@ pub struct ServerSettings {
     /// Seconds for a whole answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub request_timeout_s: Option<f64>,
+}
+
+/// `[encoder]`. Opened when the server starts; a change of it is refused until
+/// the next start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EncoderSettings {
+    /// A folder in Hugging Face's layout with weights and tokenizer.
+    pub path: PathBuf,
+    /// Its name for clients. Left out: the folder's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
 }
 
 /// `[retry]`.
@@ -188,6 +207,10 @@ pub enum Policy {
     PrefixAffine,
     /// In the order written.
     Ordered,
+    /// By what the prompt is about; see [`TaskSettings`].
+    Task,
+    /// The strong model where it is likely to do better; see [`QualitySettings`].
+    Quality,
 }
 
 /// `[models.NAME]`.
@@ -220,6 +243,12 @@ pub struct ModelSettings {
     /// against a block of running work. Left out: 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefill_scale: Option<f64>,
+    /// For the task policy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub task: Option<TaskSettings>,
+    /// For the quality policy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quality: Option<QualitySettings>,
 }
 
 impl Default for ModelSettings {
@@ -235,6 +264,8 @@ impl Default for ModelSettings {
             context: None,
             canary: None,
             prefill_scale: None,
+            task: None,
+            quality: None,
         }
     }
 }

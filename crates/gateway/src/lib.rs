@@ -22,7 +22,8 @@
 //! - text of a client or a document reaching a page unescaped (`graph` escapes,
 //!   the console sets text only, and its policy forbids inline scripts);
 //! - a page of another origin reading answers (`intake`);
-//! - a request that passes a key's limits by, whatever its endpoint (`door`).
+//! - a request that passes a key's limits by, whatever its endpoint (`door`);
+//! - a piece of an answer that passes the guard by (`Session::pass`).
 //!
 //! Tokenizing and inference are the backend's, keys and limits the store's. A
 //! server that requires no keys has no console on an open address unless it is
@@ -35,14 +36,18 @@ mod attempt;
 mod config;
 mod console;
 mod door;
+mod embed;
 mod error;
 mod graph;
+pub mod guard;
+mod head;
 mod health;
 mod intake;
 mod ledger;
 mod machine;
 mod metrics;
 mod node;
+mod quality;
 mod recorder;
 pub mod refusal;
 mod reply;
@@ -55,8 +60,11 @@ mod upstream;
 
 pub use app::{GatewayConfig, GatewayState, Rank, Served};
 pub use config::{
-    AccountsSettings, BackendSettings, CanarySettings, Config, ConfigError, ModelSettings, Policy, RetrySettings, RuleSettings,
-    ServerSettings, TargetSettings,
+    AccountsSettings, BackendSettings, CanarySettings, Config, ConfigError, EncoderSettings, ModelSettings, Policy, QualitySettings, RetrySettings, RuleSettings,
+    ServerSettings, TargetSettings, TaskSettings,
 };
+pub use embed::{Embed, EncoderId, EncoderInfo};
+pub use head::{Examples, Head, HeadError, HeadKind, Report};
+pub use quality::{Point, Quality, QualityError, Scored, Want};
 pub use server::{check, serve};
 pub use upstream::{Dialect, Tokens};

@@ -27,12 +27,13 @@
 use crate::{
     app::App,
     ask::Ask,
+    guard,
     ledger::Entry,
     machine::Share,
     metrics::Sample,
     refusal,
     route::{Decision, Target},
-    upstream::{End as Ending, Piece, Tokens},
+    upstream::{Chunk, End as Ending, Piece, Tokens},
 };
 use ashlar_api::Timings;
 use ashlar_core::clock;
@@ -105,6 +106,8 @@ pub(crate) struct Intake {
     pub(crate) decision: Arc<Decision>,
     /// What is set aside for it in the accounts.
     pub(crate) reservation: Option<Reservation>,
+    /// What the guard does.
+    pub(crate) guard: Arc<guard::Log>,
 }
 
 /// How a response ended.
@@ -120,6 +123,7 @@ pub(crate) struct Recorder {
     live: Arc<Live>,
     decision: Arc<Decision>,
     reservation: Option<Reservation>,
+    guard: Arc<guard::Log>,
     /// Who it was admitted for.
     first: Answered,
     /// What is written with its end, where the accounts have admitted it.
@@ -185,6 +189,7 @@ impl Recorder {
             live,
             decision: intake.decision,
             reservation: intake.reservation,
+            guard: intake.guard,
             first,
             unwritten,
             target: None,
@@ -262,7 +267,8 @@ impl Recorder {
             }
             Piece::Text(text) => self.token(text, 1, now),
             Piece::Chunk(chunk) if chunk.gains > 0 => self.token(&chunk.text, chunk.gains, now),
-            Piece::Chunk(_) => {}
+            // Text that was held back: its tokens came before.
+            Piece::Chunk(Chunk { text, .. }) | Piece::Rest(text) => self.answer.push_str(text),
             Piece::Done(end) => self.settle_and_wait(End::Done(end)).await,
         }
     }
@@ -395,6 +401,7 @@ impl Recorder {
                 refusal,
                 answer: (!answer.is_empty()).then_some(answer),
                 error,
+                guard: self.guard.json(),
             },
             answered: answered.filter(|a| *a != self.first),
             route: serde_json::to_string(&*self.decision).ok(),

@@ -89,9 +89,10 @@ impl Form {
         match piece {
             Piece::Started { .. } => {}
             // Tokens may carry no text yet; clients get only what has some.
-            Piece::Text(text) if text.is_empty() => {}
-            Piece::Text(text) if self.chat => frame(&mut out, &ChatChunk::text(id, at, model, text)),
-            Piece::Text(text) => frame(&mut out, &TextCompletion::new(id, at, model, text, None, None)),
+            Piece::Text(text) | Piece::Rest(text) if text.is_empty() => {}
+            Piece::Text(text) | Piece::Rest(text) if self.chat => frame(&mut out, &ChatChunk::text(id, at, model, text)),
+            Piece::Text(text) | Piece::Rest(text) => frame(&mut out, &TextCompletion::new(id, at, model, text, None, None)),
+            Piece::Chunk(chunk) if chunk.fields.is_empty() => {}
             Piece::Chunk(chunk) => {
                 self.theirs = true;
                 self.usage_sent |= chunk.usage.is_some();
@@ -157,7 +158,7 @@ impl Form {
         let end = loop {
             match session.next().await? {
                 Piece::Started { .. } => {}
-                Piece::Text(text) => answer.push_str(&text),
+                Piece::Text(text) | Piece::Rest(text) => answer.push_str(&text),
                 Piece::Chunk(chunk) => whole = Some(chunk),
                 Piece::Done(end) => break end,
             }

@@ -10,8 +10,9 @@ use crate::{
     config::{Config, ConfigError},
     console,
     door::Caller,
+    embed,
     error::{Failure, refuse},
-    intake,
+    guard, intake,
     ledger::Ledger,
     metrics::Metrics,
     node::Node,
@@ -104,11 +105,13 @@ pub async fn serve(
         live: LiveTable::default(),
         decisions: Decisions::default(),
         sessions: Sessions::default(),
+        guard: Arc::default(),
         stop,
     });
     recorder::record_left(&app);
     let watching = watch_file(app.clone());
     let burying = record_left(app.clone());
+    let forgetting = guard::watch_takedowns(app.clone());
     let (fired, told) = oneshot::channel();
     // A stream's pieces are small: waiting for an acknowledgement before the next
     // one costs 40 ms each.
@@ -136,6 +139,7 @@ pub async fn serve(
         () = closing => Ok(()),
         never = watching => match never {},
         never = burying => match never {},
+        never = forgetting => match never {},
     };
     if let Some(accounts) = accounts {
         // What cannot be written now is settled by the next to open them.
@@ -177,6 +181,7 @@ fn router(app: Arc<App>, listen: SocketAddr) -> Router {
     let mut router = Router::new()
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(complete))
+        .route("/v1/moderations", post(moderate))
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
         .route("/health", get(health))
@@ -221,7 +226,7 @@ async fn gate(
 
 async fn no_route(method: Method, uri: Uri) -> Failure {
     let path: String = uri.path().chars().take(100).collect();
-    let message = format!("no route {method} {path}; see /v1/models, /v1/chat/completions, /v1/completions, /health, /metrics");
+    let message = format!("no route {method} {path}; see /v1/models, /v1/chat/completions, /v1/completions, /v1/moderations, /health, /metrics");
     refuse(404, "not_found", message).into()
 }
 
@@ -249,16 +254,28 @@ async fn run(app: &Arc<App>, endpoint: Endpoint, request: Request) -> Result<Res
     let ask = Ask::read(endpoint, parts.headers, body, arrived)?;
     let route = caller.route(app, &table, &ask.model)?;
     let ask = caller.narrow(ask, &route)?;
+    if table.wants_vector(&route) {
+        embed::question(&app.state, &ask).await;
+    }
     let plan = table.plan(&ask, route)?;
     let mut entered = match caller.enter(app, &table, &ask, &plan).await {
         Ok(entered) => entered,
         Err(refused) => return Ok(refused),
     };
     let limits = std::mem::take(&mut entered.limits);
-    let session = Session::open(app, &table, &ask, plan, entered).await?;
+    let (ask, guarded) = guard::request(app, &table, ask, &plan, guard::Who::of(&caller)).await?;
+    let session = Session::open(app, &table, &ask, plan, entered, guarded).await?;
     let mut response = Form::of(&ask, &session).answer(session).await?;
     response.headers_mut().extend(limits);
     Ok(response)
+}
+
+async fn moderate(State(app): Shared, request: Request) -> Result<Response, Failure> {
+    let (parts, body) = request.into_parts();
+    let table = app.tables.now();
+    let who = guard::Who::of(&Caller::of(&app, &parts.headers)?);
+    let body = intake::read_body(&table.limits, &parts.headers, body).await?;
+    Ok(guard::moderations(&app, &table, &who, &body).await?)
 }
 
 async fn models(State(app): Shared, headers: HeaderMap) -> Result<Json<ModelList>, Failure> {

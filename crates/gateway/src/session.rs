@@ -10,12 +10,13 @@ use crate::{
     attempt::{Attempts, Opened},
     door::Entered,
     error::Failure,
+    guard::{Answer, Guarded},
     recorder::{Intake, Recorder},
     route::{Canary, InFlight, Seen, Target},
     table::{Plan, Table},
-    upstream::{Dialect, Piece, Pieces, UpstreamError},
+    upstream::{Dialect, End, Piece, Pieces, Tokens, UpstreamError},
 };
-use ashlar_api::ApiError;
+use ashlar_api::{ApiError, Finish};
 use futures::StreamExt as _;
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 use tokio::{sync::watch, time::Instant};
@@ -29,6 +30,8 @@ pub(crate) struct Session {
     flight: Option<InFlight>,
     canary: Option<(Arc<Canary>, bool)>,
     pieces: Option<Pieces>,
+    /// Through which every piece passes; `None` where no policy holds.
+    guard: Option<Answer>,
     /// Read ahead so that an early failure still has its HTTP status.
     ready: VecDeque<Piece>,
     last: Option<std::time::Instant>,
@@ -58,6 +61,7 @@ impl Session {
         ask: &Ask,
         plan: Plan,
         mut entered: Entered,
+        guarded: Guarded,
     ) -> Result<Self, Failure> {
         // A plan has a stage, and a stage a target, or it would be an error.
         let first = plan.stages.first().and_then(|s| Some((s.route.name.clone(), s.order.first()?.clone())));
@@ -80,6 +84,7 @@ impl Session {
             prompt_estimate: ask.prompt_estimate(),
             decision: plan.decision.clone(),
             reservation: entered.reservation.take(),
+            guard: guarded.log(),
         };
         let recorder = Recorder::admit(app.clone(), intake);
         let timeout = table.limits.request_timeout;
@@ -90,6 +95,7 @@ impl Session {
             flight: None,
             canary: None,
             pieces: None,
+            guard: guarded.answer(ask),
             ready: VecDeque::new(),
             last: None,
             deadline: Instant::from_std(ask.arrived) + timeout,
@@ -97,30 +103,75 @@ impl Session {
             stop: app.stop.clone(),
         };
         session.recorder.sent_to(&first, &model, !engine);
+        if let Some(error) = guarded.refused() {
+            session.refuse().await?;
+            guarded.strike(&id).await;
+            return Err(Failure { error, response_id: Some(id) });
+        }
         let attempts = Attempts { app, table, plan: &plan, ask, entered: &entered, seed };
-        let opened = session.guarded(attempts.open()).await;
+        let opened = attempts.open();
+        let guard = session.guard.take();
+        let opened = async { opened.await.map_err(|e| clean(guard.as_ref(), e)) };
+        let opened = session.guarded(opened).await;
+        session.guard = guard;
         // Also before an error is told: it carries the response's id.
         session.recorder.admitted().await.map_err(|e| {
             ApiError::unavailable(format!("the ledger did not take the request: {e}"))
         })?;
         match opened {
             Ok(opened) => {
-                session.take(opened).await;
+                let taken = session.take(opened).await;
+                taken.map_err(|error| Failure { error, response_id: Some(id) })?;
                 Ok(session)
             }
             Err(error) => Err(Failure { error, response_id: Some(id) }),
         }
     }
 
-    async fn take(&mut self, opened: Opened) {
+    async fn take(&mut self, opened: Opened) -> Result<(), ApiError> {
         let Opened { target, model, ready, stream, flight, canary, .. } = opened;
         self.recorder.sent_to(&target, &model, target.node.dialect != Dialect::Engine);
         (self.model, self.pieces, self.flight) = (model, Some(stream), Some(flight));
         (self.target, self.canary) = (Some(target), canary);
         for (piece, at) in ready {
+            self.pass(piece, at).await?;
+        }
+        Ok(())
+    }
+
+    /// Lets a piece through the guard; what comes out is noted and ready.
+    async fn pass(&mut self, piece: Piece, at: std::time::Instant) -> Result<(), ApiError> {
+        let Some(mut guard) = self.guard.take() else {
+            self.note(&piece, at).await;
+            self.ready.push_back(piece);
+            return Ok(());
+        };
+        // A judge may take its time.
+        let out = self.guarded(async { Ok(guard.push(piece).await) }).await?;
+        if guard.over() {
+            // The upstream is told by this that it need not go on.
+            (self.pieces, self.flight) = (None, None);
+        }
+        let done = out.iter().any(|p| matches!(p, Piece::Done(_)));
+        for piece in out {
             self.note(&piece, at).await;
             self.ready.push_back(piece);
         }
+        if done {
+            guard.strike(self.recorder.id()).await;
+        }
+        self.guard = Some(guard);
+        Ok(())
+    }
+
+    /// Settles a request that the guard refused.
+    async fn refuse(&mut self) -> Result<(), ApiError> {
+        self.recorder.admitted().await.map_err(|e| {
+            ApiError::unavailable(format!("the ledger did not take the request: {e}"))
+        })?;
+        let end = End { finish: Finish::ContentFilter, refused: true, tokens: Tokens::default(), timings: None };
+        self.recorder.note(&Piece::Done(end), std::time::Instant::now()).await;
+        Ok(())
     }
 
     pub(crate) fn id(&self) -> &str {
@@ -139,9 +190,11 @@ impl Session {
 
     /// The next piece. After `Done` or an error there is nothing to read.
     pub(crate) async fn next(&mut self) -> Result<Piece, ApiError> {
-        match self.ready.pop_front() {
-            Some(piece) => Ok(piece),
-            None => self.read().await,
+        loop {
+            if let Some(piece) = self.ready.pop_front() {
+                return Ok(piece);
+            }
+            self.read().await?;
         }
     }
 
@@ -169,7 +222,7 @@ impl Session {
         }
     }
 
-    async fn read(&mut self) -> Result<Piece, ApiError> {
+    async fn read(&mut self) -> Result<(), ApiError> {
         let mut pieces = self.pieces.take();
         let target = self.target.clone();
         let next = async {
@@ -187,15 +240,14 @@ impl Session {
                 if let Some((canary, drawn)) = self.canary.as_ref().filter(|_| e.unhealthy()) {
                     canary.seen(*drawn, Seen::Failed);
                 }
-                ApiError::from(e)
+                clean(self.guard.as_ref(), ApiError::from(e))
             })
         };
         // Not through `guarded`: `next` borrows the recorder.
         let result = Guard { stop: self.stop.clone(), deadline: self.deadline, timeout: self.timeout }.run(next).await;
         let piece = self.verdict(result).await?;
         self.pieces = pieces;
-        self.note(&piece, std::time::Instant::now()).await;
-        Ok(piece)
+        self.pass(piece, std::time::Instant::now()).await
     }
 
     /// Runs `work` until the deadline or the server's stop; a failure is settled.
@@ -219,6 +271,14 @@ impl Session {
         };
         (self.pieces, self.flight) = (None, None);
         Err(error)
+    }
+}
+
+/// An upstream's words may hold what the guard keeps in.
+fn clean(guard: Option<&Answer>, error: ApiError) -> ApiError {
+    match guard {
+        Some(guard) => guard.error(error),
+        None => error,
     }
 }
 

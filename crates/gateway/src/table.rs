@@ -11,8 +11,9 @@ use crate::{
     app::{GatewayConfig, GatewayState},
     ask::Ask,
     config::{Config, ConfigError, ModelSettings, Policy, RetrySettings},
+    guard::Guard,
     node::Node,
-    route::{Budget, Canary, Choice, Decision, Load, PrefixIndex, Route, Rule, Target, random},
+    route::{Budget, Canary, Choice, Decision, Fit, Load, PrefixIndex, Route, Rule, Target, random},
     upstream::Dialect,
 };
 use ashlar_api::{ApiError, ModelInfo};
@@ -37,6 +38,7 @@ pub(crate) struct Table {
     pub(crate) budget: Budget,
     /// The file's resolved form.
     pub(crate) config: Config,
+    pub(crate) guard: Guard,
     routes: BTreeMap<String, Arc<Route>>,
     /// Alias → route.
     aliases: BTreeMap<String, String>,
@@ -79,6 +81,12 @@ impl Table {
         limits.max_in_flight = server.max_in_flight.unwrap_or(limits.max_in_flight);
         limits.body_timeout = server.body_timeout_s.map_or(limits.body_timeout, Duration::from_secs_f64);
         limits.request_timeout = server.request_timeout_s.map_or(limits.request_timeout, Duration::from_secs_f64);
+        if old.is_some_and(|t| t.config.encoder != config.encoder) {
+            return Err(ConfigError::Invalid {
+                path: "encoder".into(),
+                why: "it is opened when the server starts: restart it to use another".into(),
+            });
+        }
         let kept = |name: &str| old.and_then(|t| t.nodes.iter().find(|n| n.name == name)).cloned();
         let mut nodes: Vec<Arc<Node>> = Vec::new();
         for backend in &state.backends {
@@ -112,6 +120,7 @@ impl Table {
         let mut aliases = BTreeMap::new();
         for (name, settings) in &config.models {
             let mut route = route(name, settings, &named, &prefix, &loads, state.prices.as_ref())?;
+            route.fit = Fit::load(name, settings, &route.targets, state.encoder.as_ref().map(|e| &e.id))?;
             // One that was taken back stays so until its settings change.
             let before = old.and_then(|t| t.routes.get(name)?.canary.clone());
             route.canary = settings.canary.as_ref().map(|c| {
@@ -126,6 +135,7 @@ impl Table {
             nodes,
             budget: Budget::new(config.retry.budget_ratio, config.retry.budget_per_s, Instant::now()),
             retry: config.retry.clone(),
+            guard: Guard::new(&config.guard, state)?,
             config,
             routes,
             aliases,
@@ -205,7 +215,16 @@ impl Table {
             prefill_scale: 1.0,
             prefix: self.prefix.clone(),
             canary: None,
+            fit: None,
         }))
+    }
+
+    /// Whether deciding on a request for `route` takes its prompt's vector: its
+    /// own policy does, or that of a model it may come to.
+    pub(crate) fn wants_vector(&self, route: &Route) -> bool {
+        let others = route.fallback.iter().chain(route.rules.iter().filter_map(|r| r.settings.to.as_ref()));
+        let mut others = others.filter_map(|name| self.routes.get(name));
+        route.fit.is_some() || others.any(|r| r.fit.is_some() || r.fallback.iter().any(|f| self.routes.get(f).is_some_and(|r| r.fit.is_some())))
     }
 
     /// Decides on `ask`, which named `route`.
@@ -225,6 +244,7 @@ impl Table {
                 rule: Some(rule.name(i)),
                 candidates: Vec::new(),
                 reason: format!("the rule sends it to {}", other.name),
+                judged: None,
             });
             route = other.clone();
         }
@@ -303,6 +323,7 @@ fn route(
         prefill_scale: settings.prefill_scale.unwrap_or(1.0),
         prefix: prefix.clone(),
         canary: None,
+        fit: None,
     })
 }
 

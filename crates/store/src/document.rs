@@ -150,6 +150,42 @@ impl Store {
     }
 }
 
+impl Store {
+    /// Keeps hashes of what `doc`, which was taken down, says, so that answers can
+    /// be held against them without its text.
+    ///
+    /// # Errors
+    /// When the ledger refuses.
+    pub async fn forbid(&self, doc: &Digest, hashes: &[u64]) -> Result<(), StoreError> {
+        // Two's complement: SQL has no unsigned integers.
+        let signed: Vec<i64> = hashes.iter().map(|h| *h as i64).collect();
+        let mut write = self.write().await?;
+        sqlx::query("INSERT INTO takedown_shingle (doc, hash) SELECT $1, value FROM json_each($2) WHERE 1 = 1 ON CONFLICT (doc, hash) DO NOTHING")
+            .bind(doc.to_string())
+            .bind(serde_json::to_string(&signed)?)
+            .execute(&mut *write.tx)
+            .await?;
+        write.commit().await
+    }
+
+    /// All hashes that [`Store::forbid`] keeps.
+    ///
+    /// # Errors
+    /// When the ledger cannot be read.
+    pub async fn takedown_shingles(&self) -> Result<Vec<u64>, StoreError> {
+        let all: Vec<i64> = sqlx::query_scalar("SELECT DISTINCT hash FROM takedown_shingle").fetch_all(self.pool()).await?;
+        Ok(all.into_iter().map(|h| h as u64).collect())
+    }
+
+    /// How many there are: another number is another set, since none is removed.
+    ///
+    /// # Errors
+    /// When the ledger cannot be read.
+    pub async fn takedown_shingle_count(&self) -> Result<i64, StoreError> {
+        Ok(sqlx::query_scalar("SELECT COUNT(*) FROM takedown_shingle").fetch_one(self.pool()).await?)
+    }
+}
+
 pub(crate) fn observation_of(row: &SqliteRow) -> Result<Observation, StoreError> {
     Ok(Observation {
         doc: digest_of(row, "doc")?,

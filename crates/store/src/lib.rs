@@ -43,6 +43,7 @@
 
 #![forbid(unsafe_code)]
 
+mod abuse;
 pub mod account;
 mod document;
 mod error;
@@ -63,6 +64,7 @@ pub use account::{
     Key, KeySettings, Left, Limit, Measure, PriceList, Request, Reservation, ReserveError, Scope, Secret, Settled, Standing, Team,
     TeamSettings, TokenClass, Tokens, UsageFilter, UsageRow, UsageSum, Used,
 };
+pub use abuse::{AbuseEvent, AbuseLimits, AbuseState, AbuseUser};
 pub use document::{DocumentRow, Observation};
 pub use error::StoreError;
 pub use ledger::{Artifact, Store};

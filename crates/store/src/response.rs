@@ -63,6 +63,10 @@ pub struct Settlement {
     pub answer: Option<String>,
     /// What went wrong.
     pub error: Option<String>,
+    /// What the guard did: a JSON array of `{policy, stage, action, kind, score,
+    /// released_chars, count}`; `None` when it did nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guard: Option<String>,
 }
 
 /// Who answered. Where it is another than was admitted, the row names it in place
@@ -125,20 +129,21 @@ const ADMIT: &str = "INSERT INTO response (id, session, release, model, backend,
 
 // The columns of who answered stay as they were where it was the first choice.
 const SETTLE: &str = "WITH e AS MATERIALIZED (SELECT value AS v FROM json_each($1)) \
-     UPDATE response SET settled_ms = $2, finish = v->>1, prompt_tokens = v->>2, cached_tokens = v->>3, \
-     completion_tokens = v->>4, queue_ms = v->>5, ttft_ms = v->>6, total_ms = v->>7, cost = v->>8, refusal = v->>9, \
-     answer = v->>10, error = v->>11, route = v->>12, \
-     release = CASE WHEN v->>13 IS NULL THEN release ELSE v->>15 END, \
-     model = COALESCE(v->>13, model), backend = COALESCE(v->>14, backend) \
-     FROM e WHERE response.id = v->>0 AND finish IS NULL RETURNING id";
+     UPDATE response SET settled_ms = $2, finish = v->0->>1, prompt_tokens = v->0->>2, cached_tokens = v->0->>3, \
+     completion_tokens = v->0->>4, queue_ms = v->1->>0, ttft_ms = v->1->>1, total_ms = v->1->>2, cost = v->1->>3, \
+     refusal = v->1->>4, answer = v->2->>0, error = v->2->>1, route = v->2->>2, guard = v->2->>3, \
+     release = CASE WHEN v->3->>0 IS NULL THEN release ELSE v->3->>2 END, \
+     model = COALESCE(v->3->>0, model), backend = COALESCE(v->3->>1, backend) \
+     FROM e WHERE response.id = v->0->>0 AND finish IS NULL RETURNING id";
 
 // Both halves at once: `[admission, settlement]`.
 const WHOLE: &str = "INSERT INTO response (id, session, release, model, backend, endpoint, at_ms, seed, stream, \
      settled_ms, finish, prompt_tokens, cached_tokens, completion_tokens, queue_ms, ttft_ms, total_ms, cost, refusal, \
-     answer, error, route) WITH e AS MATERIALIZED (SELECT value->0 AS a, value->1 AS v FROM json_each($1)) \
-     SELECT a->>0, $2, CASE WHEN v->>13 IS NULL THEN a->>1 ELSE v->>15 END, COALESCE(v->>13, a->>2), \
-     COALESCE(v->>14, a->>3), a->>4, a->>5, a->>6, a->>7, $3, v->>1, v->>2, v->>3, v->>4, v->>5, v->>6, v->>7, v->>8, \
-     v->>9, v->>10, v->>11, v->>12 FROM e WHERE 1 = 1 ON CONFLICT (id) DO NOTHING RETURNING id";
+     answer, error, route, guard) WITH e AS MATERIALIZED (SELECT value->0 AS a, value->1 AS v FROM json_each($1)) \
+     SELECT a->>0, $2, CASE WHEN v->3->>0 IS NULL THEN a->>1 ELSE v->3->>2 END, COALESCE(v->3->>0, a->>2), \
+     COALESCE(v->3->>1, a->>3), a->>4, a->>5, a->>6, a->>7, $3, v->0->>1, v->0->>2, v->0->>3, v->0->>4, v->1->>0, \
+     v->1->>1, v->1->>2, v->1->>3, v->1->>4, v->2->>0, v->2->>1, v->2->>2, v->2->>3 \
+     FROM e WHERE 1 = 1 ON CONFLICT (id) DO NOTHING RETURNING id";
 
 /// `admission` as [`ADMIT`] reads it.
 fn begun(a: &Admission) -> impl Serialize {
@@ -150,24 +155,10 @@ fn begun(a: &Admission) -> impl Serialize {
 /// `ended` as [`SETTLE`] reads it.
 fn ended(e: &Ended) -> impl Serialize {
     let (s, a) = (&e.settlement, e.answered.as_ref());
-    (
-        &e.id,
-        &s.finish,
-        s.prompt_tokens as i64,
-        s.cached_tokens as i64,
-        s.completion_tokens as i64,
-        s.queue_ms,
-        s.ttft_ms,
-        s.total_ms,
-        s.cost,
-        i64::from(s.refusal),
-        &s.answer,
-        &s.error,
-        &e.route,
-        a.map(|a| &a.model),
-        a.map(|a| &a.backend),
-        a.and_then(|a| a.release.as_ref()),
-    )
+    let how = (&e.id, &s.finish, s.prompt_tokens as i64, s.cached_tokens as i64, s.completion_tokens as i64);
+    let spent = (s.queue_ms, s.ttft_ms, s.total_ms, s.cost, i64::from(s.refusal));
+    let by = (a.map(|a| &a.model), a.map(|a| &a.backend), a.and_then(|a| a.release.as_ref()));
+    (how, spent, (&s.answer, &s.error, &e.route, &s.guard), by)
 }
 
 impl Store {
@@ -324,6 +315,7 @@ pub(crate) fn response_of(row: &SqliteRow) -> Result<ResponseRow, StoreError> {
             refusal: row.try_get::<Option<bool>, _>("refusal")?.unwrap_or(false),
             answer: row.try_get("answer")?,
             error: row.try_get("error")?,
+            guard: row.try_get("guard")?,
         }),
     };
     Ok(ResponseRow {

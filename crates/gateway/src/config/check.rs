@@ -75,6 +75,7 @@ impl Config {
                 positive(&format!("server.{key}"), n)?;
             }
         }
+        self.guard.check()?;
         let mut names: BTreeSet<&str> = self.models.keys().map(String::as_str).collect();
         for (name, m) in &self.models {
             for alias in &m.aliases {
@@ -120,6 +121,7 @@ impl Config {
                 }
             }
         }
+        super::fit::check(name, m, self.encoder.is_some())?;
         if let Some(s) = m.hedge_after_s {
             positive(&format!("models.{name}.hedge_after_s"), s)?;
         }

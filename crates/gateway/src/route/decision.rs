@@ -1,5 +1,6 @@
 //! Why a request went where it went.
 
+use super::Judged;
 use crate::{config::Policy, upstream::Tokens};
 use serde::Serialize;
 use std::{
@@ -48,6 +49,9 @@ pub(crate) struct Stage {
     pub(crate) rule: Option<String>,
     pub(crate) candidates: Vec<Candidate>,
     pub(crate) reason: String,
+    /// What a classifier said of the prompt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) judged: Option<Judged>,
 }
 
 /// The record of one request's way.

@@ -9,6 +9,7 @@
 mod budget;
 mod canary;
 mod decision;
+mod fit;
 mod load;
 mod prefix;
 mod rules;
@@ -16,6 +17,7 @@ mod rules;
 pub(crate) use budget::Budget;
 pub(crate) use canary::{Canary, Seen};
 pub(crate) use decision::{Attempt, Candidate, Decision, Decisions, Stage};
+pub(crate) use fit::{Fit, Judged};
 pub(crate) use load::{InFlight, Load};
 pub(crate) use prefix::PrefixIndex;
 pub(crate) use rules::Rule;
@@ -64,6 +66,8 @@ pub(crate) struct Route {
     pub(crate) prefill_scale: f64,
     pub(crate) prefix: Arc<PrefixIndex>,
     pub(crate) canary: Option<Arc<Canary>>,
+    /// For the policies that look at what a prompt is about.
+    pub(crate) fit: Option<Fit>,
 }
 
 /// What [`Route::choose`] found.
@@ -149,12 +153,19 @@ impl Route {
                 excluded,
             });
         }
-        let mut blocks = Vec::new();
+        let (mut blocks, mut judged) = (Vec::new(), None);
         let (drawn, canary) = self.draw(random, &mut fit, &mut candidates);
         let mut reason = match fit.as_slice() {
             [] => "no target is left".to_owned(),
             [_] => "the only target left".to_owned(),
-            _ => self.score(ask, now, random, &mut fit, &mut candidates, &mut blocks),
+            _ => match &self.fit {
+                Some(by) => {
+                    let (reason, said) = by.order(ask.vector.get(), &mut fit, &mut candidates);
+                    judged = said;
+                    reason
+                }
+                None => self.score(ask, now, random, &mut fit, &mut candidates, &mut blocks),
+            },
         };
         if let Some(canary) = canary {
             fit.insert(0, canary);
@@ -169,6 +180,7 @@ impl Route {
                 rule: rule.map(|(i, r)| r.name(i)),
                 candidates,
                 reason,
+                judged,
             },
             blocks,
             drawn,
@@ -229,7 +241,8 @@ impl Route {
             (score, format!("first token {}, between tokens {}, {} in flight", ms(ttft), ms(itl), load.in_flight()))
         };
         match self.policy {
-            Policy::Ordered => "the first in the order written".into(),
+            // Without their heads, which `choose` asks.
+            Policy::Ordered | Policy::Task | Policy::Quality => "the first in the order written".into(),
             Policy::Weighted => {
                 // The smallest of exponential variables with rates w is i with
                 // probability w_i / Σw; sorted, they are a draw without return

@@ -59,6 +59,7 @@ fn route(policy: Policy, targets: Vec<Arc<Target>>) -> Route {
         prefill_scale: 1.0,
         prefix: Arc::default(),
         canary: None,
+        fit: None,
     }
 }
 
@@ -190,4 +191,40 @@ fn the_canary_gets_its_share_until_it_is_taken_back() {
     let choice = r.choose(&asks, Instant::now(), &mut random);
     assert!(choice.stage.candidates[1].excluded.as_ref().unwrap().contains("taken back"));
     assert!((0..200).all(|_| first(&r, &asks) == "old"));
+}
+
+#[test]
+fn a_prompt_goes_where_its_task_is_at_home() {
+    use crate::head::{Examples, Head, HeadKind, tests::{encoder, numbers}};
+    let mut random = numbers(3);
+    let mut examples = Examples::default();
+    for i in 0..80 {
+        let code = i % 2 == 0;
+        examples.rows.push(vec![if code { 1.0 } else { -1.0 } + 0.4 * (random() - 0.5), random() - 0.5]);
+        examples.targets.push(vec![f32::from(u8::from(code)), f32::from(u8::from(!code))]);
+    }
+    let head = Head::train(encoder(2), HeadKind::Softmax, vec!["code".into(), "talk".into()], &examples).unwrap();
+    let mut r = route(Policy::Task, vec![target("plain", 1.0, None), target("talker", 1.0, None), target("coder", 1.0, None)]);
+    r.fit = Some(Fit::Task { head: Box::new(head), places: vec![2, 1], default: 0, least: 0.9 });
+    let choose = |vector: Result<Vec<f32>, String>| {
+        let ask = ask("x", "");
+        ask.vector.set(vector).unwrap();
+        let choice = r.choose(&ask, Instant::now(), &mut random_fixed);
+        let names: Vec<String> = choice.order.iter().map(|t| t.node.name.clone()).collect();
+        (names, choice.stage)
+    };
+    let (names, stage) = choose(Ok(vec![1.0, 0.0]));
+    assert_eq!((names[0].as_str(), names.len()), ("coder", 3), "the others remain as alternatives");
+    let judged = stage.judged.unwrap();
+    assert!(judged.label == "code" && judged.probability > 0.9 && stage.reason.contains("\"code\""), "{judged:?}");
+    assert_eq!(choose(Ok(vec![-1.0, 0.0])).0[0], "talker");
+    let (names, stage) = choose(Ok(vec![0.0, 0.0]));
+    assert!(names[0] == "plain" && stage.reason.contains("the default"), "{}", stage.reason);
+    let (names, stage) = choose(Err("it fell over".into()));
+    assert!(names[0] == "plain" && stage.reason.contains("it fell over") && stage.judged.is_none());
+    assert_eq!(choose(Ok(vec![1.0])).0[0], "plain", "a vector of other dimensions");
+}
+
+fn random_fixed() -> f64 {
+    0.5
 }

@@ -28,6 +28,8 @@ pub(crate) use anthropic::{Anthropic, VERSION as ANTHROPIC_VERSION};
 pub(crate) use error::UpstreamError;
 pub(crate) use http::{Link, LinkSettings};
 pub(crate) use local::{Call, Local};
+#[cfg(test)]
+pub(crate) use openai::pieces;
 pub(crate) use openai::{OpenAi, string as json_string};
 
 use crate::ask::Ask;
@@ -35,14 +37,16 @@ use ashlar_api::{ApiError, Finish, ModelInfo, Timings};
 use futures::Stream;
 use std::pin::Pin;
 
-/// A part of an answer, in order: at most one `Started`, any number of `Text`
-/// and `Chunk`, one `Done`.
+/// A part of an answer, in order: at most one `Started`, any number of `Text`,
+/// `Rest` and `Chunk`, one `Done`.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Piece {
     /// The engine reads the prompt.
     Started { prompt_tokens: u32, cached_tokens: u32 },
     /// A token of the engine; its text may be empty.
     Text(String),
+    /// Text the guard had held back, of tokens that came before.
+    Rest(String),
     /// What a server sent: a chunk of a stream, or its whole answer.
     Chunk(Chunk),
     /// The answer is complete.
@@ -55,7 +59,7 @@ impl Piece {
         match self {
             Self::Text(_) => true,
             Self::Chunk(chunk) => chunk.gains > 0,
-            Self::Started { .. } | Self::Done(_) => false,
+            Self::Started { .. } | Self::Rest(_) | Self::Done(_) => false,
         }
     }
 }
@@ -64,7 +68,8 @@ impl Piece {
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Chunk {
     /// The object's fields as JSON, without braces and on one line. `id`,
-    /// `model` and `usage` are left out: the gateway says its own.
+    /// `model` and `usage` are left out: the gateway says its own. Nothing: what
+    /// its tokens say is held back by the guard.
     pub(crate) fields: String,
     /// Text of the first choice in it.
     pub(crate) text: String,

@@ -306,6 +306,24 @@ impl Streamed {
     }
 }
 
+/// The pieces of a stream's bytes, as they come from a server in these parts.
+#[cfg(test)]
+pub(crate) fn pieces(parts: &[&[u8]]) -> Vec<Piece> {
+    let (mut parser, mut out) = (Parser::new(1 << 20), Vec::new());
+    for part in parts {
+        parser.push(part);
+        while let Ok(Some(event)) = parser.next() {
+            if event.data == b"[DONE]" {
+                let tokens = Tokens::estimate(1, 1);
+                out.push(Piece::Done(End { finish: Finish::Stop, refused: false, tokens, timings: None }));
+            } else if let Ok(read) = read(std::str::from_utf8(&event.data).unwrap_or_default()) {
+                out.push(Piece::Chunk(read.chunk));
+            }
+        }
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,6 +5,7 @@
 #[allow(dead_code, unreachable_pub, unused_imports, unused_macros)]
 mod databases;
 mod door;
+mod guard;
 mod mock;
 mod peers;
 mod settling;

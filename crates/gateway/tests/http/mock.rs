@@ -234,6 +234,13 @@ async fn answer(socket: &mut (impl AsyncRead + AsyncWrite + Unpin), request: &Se
             return Err(std::io::ErrorKind::ConnectionReset.into());
         }
         "claude" => return claude(socket, stream).await,
+        "leak" => return leak(socket, request, stream).await,
+        "judge" => {
+            let bad = request.body["messages"].to_string().contains("bad");
+            let text = if bad { "\n\nunsafe\nS1,S10" } else { "\n\nsafe" };
+            let body = json!({"object": "chat.completion", "choices": [{"index": 0, "message": {"content": text}, "finish_reason": "stop"}], "usage": usage()});
+            send!(json("200 OK", "", &body.to_string()));
+        }
         _ => return good(socket, stream, Some(usage())).await,
     }
     Ok(true)
@@ -260,6 +267,42 @@ async fn good(socket: &mut (impl AsyncWrite + Unpin), stream: bool, usage: Optio
     for piece in (body + "0\r\n\r\n").as_bytes().chunks(37) {
         socket.write_all(piece).await?;
     }
+    Ok(true)
+}
+
+/// Says a secret and an address, or greets whoever is `echo`ed, and cuts its bytes
+/// where the prompt says `cut N`.
+async fn leak(socket: &mut (impl AsyncWrite + Unpin), request: &Seen, stream: bool) -> std::io::Result<bool> {
+    let prompt = request.body["prompt"].as_str().or(request.body["messages"][0]["content"].as_str()).unwrap_or("");
+    let cut: usize = prompt.strip_prefix("cut ").and_then(|n| n.parse().ok()).unwrap_or(0);
+    let tokens: &[&str] = match prompt.starts_with("echo") {
+        true => &["Dear <EM", "AIL_1", ">, <EMAIL", "_2>!"],
+        false => &["The key ", "is AKIAIOSF", "ODNN7EX", "AMPLE for anna@exa", "mple.org, Gr", "üße"],
+    };
+    let chat = request.path.ends_with("/chat/completions");
+    let choice = |text: &str, finish: Option<&str>| match (chat, stream) {
+        (true, true) => json!([{"index": 0, "delta": {"content": text}, "finish_reason": finish}]),
+        (true, false) => json!([{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}]),
+        _ => json!([{"index": 0, "text": text, "logprobs": null, "finish_reason": finish}]),
+    };
+    let (head, body) = if stream {
+        let mut body: String = tokens.iter().map(|t| event(&json!({"object": "x", "choices": choice(t, None)}).to_string())).collect();
+        body += &event(&json!({"object": "x", "choices": choice("", Some("stop"))}).to_string());
+        body += &event(&json!({"object": "x", "choices": [], "usage": usage()}).to_string());
+        (STREAM.to_owned(), body + &event("[DONE]") + "0\r\n\r\n")
+    } else {
+        let whole = json("200 OK", "", &json!({"object": "y", "choices": choice(&tokens.concat(), Some("stop")), "usage": usage()}).to_string());
+        (String::new(), whole)
+    };
+    socket.write_all(head.as_bytes()).await?;
+    let (first, second) = body.as_bytes().split_at(cut.min(body.len()));
+    socket.write_all(first).await?;
+    socket.flush().await?;
+    if cut > 0 {
+        tokio::time::sleep(Duration::from_millis(3)).await;
+    }
+    socket.write_all(second).await?;
+    socket.flush().await?;
     Ok(true)
 }
 
