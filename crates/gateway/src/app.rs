@@ -2,17 +2,23 @@
 
 use crate::{
     config::Config,
-    metrics::{BackendGauges, Gauges, Metrics},
+    listener::Connections,
+    metrics::{BackendGauges, Gauges, Metrics, ProcessGauges},
     recorder::{Ledger, LiveTable},
     route::{Decisions, Route},
     table::{Table, Tables},
+    telemetry::Telemetry,
+    tls::Tls,
 };
 use ashlar_api::{ApiError, Backend, BackendStats, ModelInfo, Usage};
 use ashlar_store::{ResponseRow, Store};
 use std::{
     collections::BTreeMap,
     path::PathBuf,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 use tokio::sync::watch;
@@ -62,7 +68,10 @@ pub struct GatewayConfig {
     pub body_timeout: Duration,
     /// Time for a whole answer.
     pub request_timeout: Duration,
-    /// Time answers in flight get to finish once the server is told to stop.
+    /// Time in which a server that is told to stop still takes requests, while
+    /// /health says that it is draining: what a load balancer needs to notice.
+    pub drain: Duration,
+    /// Time answers in flight get to finish after that.
     pub grace: Duration,
     /// What tokens cost.
     pub prices: Prices,
@@ -80,6 +89,7 @@ impl Default for GatewayConfig {
             max_in_flight: 256,
             body_timeout: Duration::from_secs(30),
             request_timeout: Duration::from_secs(600),
+            drain: Duration::ZERO,
             grace: Duration::from_secs(10),
             prices: Prices::default(),
             allowed_hosts: Vec::new(),
@@ -147,6 +157,11 @@ pub(crate) struct App {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) live: LiveTable,
     pub(crate) decisions: Decisions,
+    pub(crate) telemetry: Telemetry,
+    pub(crate) tls: Arc<Tls>,
+    pub(crate) connections: Arc<Connections>,
+    /// The server was told to stop.
+    pub(crate) draining: AtomicBool,
     /// True once answers in flight must end.
     pub(crate) stop: watch::Receiver<bool>,
 }
@@ -198,6 +213,7 @@ impl App {
                 requests,
                 errors,
                 opened,
+                in_flight: table.in_flight(&n.name),
             }
         });
         let canaries = table.canaries().map(|(model, c)| (model.to_owned(), c.rolled_back().is_some()));
@@ -207,6 +223,22 @@ impl App {
             backends: backends.collect(),
             canaries: canaries.collect(),
             file: self.tables.file(),
+            process: self.process(),
+        }
+    }
+
+    fn process(&self) -> ProcessGauges {
+        let (tls, sent) = (self.tls.state(), &self.telemetry.counts);
+        ProcessGauges {
+            connections: self.connections.open.load(Relaxed),
+            accepted: self.connections.accepted.load(Relaxed),
+            handshakes_failed: self.connections.handshakes_failed.load(Relaxed),
+            certificate_reloads: tls.reloads,
+            certificate_failures: tls.failures,
+            draining: self.draining.load(Relaxed),
+            spans_sent: sent.sent.load(Relaxed),
+            spans_dropped: sent.dropped.load(Relaxed),
+            exports_failed: sent.failed.load(Relaxed),
         }
     }
 }

@@ -37,6 +37,7 @@ mod error;
 mod graph;
 mod health;
 mod intake;
+mod listener;
 mod metrics;
 mod node;
 mod recorder;
@@ -46,12 +47,15 @@ mod route;
 mod server;
 mod session;
 mod table;
+mod telemetry;
+mod tls;
 mod upstream;
+mod watch;
 
 pub use app::{GatewayConfig, GatewayState, Prices, Rank, Served};
 pub use config::{
     BackendSettings, CanarySettings, Config, ConfigError, ModelSettings, Policy, RetrySettings, RuleSettings,
-    ServerSettings, TargetSettings,
+    ServerSettings, TargetSettings, TelemetrySettings,
 };
 pub use server::{check, serve};
 pub use upstream::{Dialect, Tokens};

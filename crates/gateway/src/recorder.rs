@@ -287,7 +287,7 @@ impl Recorder {
         self.answer.push_str(text);
         self.live.tokens.fetch_add(tokens, Relaxed);
         match self.last {
-            Some(last) => self.app.metrics.token_gap((now - last).as_secs_f64()),
+            Some(last) => self.app.metrics.token_gap(&self.live.model, self.live.endpoint, (now - last).as_secs_f64()),
             None => {
                 self.first = Some(now);
                 let us = (now - self.live.arrived).as_micros();
@@ -358,7 +358,7 @@ impl Recorder {
             ttft_s,
             total_s,
             refusal,
-            cost,
+            cost: Some(cost),
             estimated: tokens.estimated,
         });
         let answer = std::mem::take(&mut self.answer);
