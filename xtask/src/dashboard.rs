@@ -133,8 +133,8 @@ const ROWS: &[(&str, &[Panel])] = &[
             )],
         },
         Panel {
-            title: "Cost an hour", unit: "short", about: "In the currency of the price list.",
-            queries: &[(r#"3600 * sum by (model_name) (rate(ashlar:cost_total{model_name=~"$model"}[$__rate_interval]))"#, "{{model_name}}")],
+            title: "Cost an hour", unit: "short", about: "By the price list.",
+            queries: &[(r#"3600 * sum by (model_name, currency) (rate(ashlar:cost_total{model_name=~"$model"}[$__rate_interval]))"#, "{{model_name}} {{currency}}")],
         },
         Panel {
             title: "Bills that are not exact", unit: "reqps", about: "Responses without a price, or whose tokens no one counted.",

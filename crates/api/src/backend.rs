@@ -10,12 +10,16 @@ use std::pin::Pin;
 
 /// Why generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub enum Finish {
     /// An end token or a stop string.
     Stop,
     /// `max_tokens` or the context was used up.
     Length,
+    /// A tool is to be called.
+    ToolCalls,
+    /// A guard or a server's filter ended it.
+    ContentFilter,
     /// The client went away or the server is stopping.
     Cancelled,
 }
@@ -26,6 +30,8 @@ impl Finish {
         match self {
             Self::Stop => "stop",
             Self::Length => "length",
+            Self::ToolCalls => "tool_calls",
+            Self::ContentFilter => "content_filter",
             Self::Cancelled => "cancelled",
         }
     }

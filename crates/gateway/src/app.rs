@@ -5,13 +5,15 @@ use crate::{
     listener::Connections,
     metrics::{BackendGauges, Gauges, Metrics, ProcessGauges},
     recorder::{Ledger, LiveTable},
-    route::{Decisions, Route},
+    route::{Decisions, Route, Target},
+    signin::Sessions,
     table::{Table, Tables},
     telemetry::Telemetry,
     tls::Tls,
+    upstream::Dialect,
 };
-use ashlar_api::{ApiError, Backend, BackendStats, ModelInfo, Usage};
-use ashlar_store::{ResponseRow, Store};
+use ashlar_api::{ApiError, Backend, BackendStats, ModelInfo};
+use ashlar_store::{Accounts, Cost, PriceList, ResponseRow, Store, Tokens};
 use std::{
     collections::BTreeMap,
     path::PathBuf,
@@ -25,37 +27,6 @@ use tokio::sync::watch;
 
 /// Documents that share text with an answer, best first: id and shared span.
 pub type Rank = Arc<dyn Fn(&ResponseRow) -> Vec<(String, String)> + Send + Sync>;
-
-/// Prices of 1000 tokens by class, in any one currency. The classes are
-/// disjoint: a cached prompt token costs `cached` only.
-#[derive(Debug, Clone, Copy, Default, PartialEq, serde::Serialize, serde::Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Prices {
-    /// Prompt tokens that were computed.
-    pub input: f64,
-    /// Prompt tokens found in the prefix cache.
-    pub cached: f64,
-    /// Generated tokens.
-    pub output: f64,
-}
-
-impl Prices {
-    /// The cost of one request.
-    ///
-    /// ```
-    /// use ashlar_api::Usage;
-    /// let prices = ashlar_gateway::Prices { input: 1.0, cached: 0.1, output: 2.0 };
-    /// assert_eq!(prices.cost(&Usage::new(3000, 1000, 500)), 2.0 + 0.1 + 1.0);
-    /// ```
-    pub fn cost(&self, usage: &Usage) -> f64 {
-        let cached = usage.cached_tokens().min(usage.prompt_tokens);
-        let input = usage.prompt_tokens - cached;
-        (f64::from(input) * self.input
-            + f64::from(cached) * self.cached
-            + f64::from(usage.completion_tokens) * self.output)
-            / 1000.0
-    }
-}
 
 /// Limits and manners of the server.
 #[derive(Debug, Clone)]
@@ -73,12 +44,13 @@ pub struct GatewayConfig {
     pub drain: Duration,
     /// Time answers in flight get to finish after that.
     pub grace: Duration,
-    /// What tokens cost.
-    pub prices: Prices,
+    /// Whether only requests with a good key are answered, and the console asks
+    /// for one. The configuration file may say so, too.
+    pub require_keys: bool,
     /// Names beyond localhost under which a loopback server may be asked.
     pub allowed_hosts: Vec<String>,
     /// Serve the console and `/ashlar/…`, which show answers to whoever asks,
-    /// on an address that is not loopback.
+    /// on an address that is not loopback, though no keys are required.
     pub open_console: bool,
 }
 
@@ -91,7 +63,7 @@ impl Default for GatewayConfig {
             request_timeout: Duration::from_secs(600),
             drain: Duration::ZERO,
             grace: Duration::from_secs(10),
-            prices: Prices::default(),
+            require_keys: false,
             allowed_hosts: Vec::new(),
             open_console: false,
         }
@@ -130,6 +102,11 @@ pub struct GatewayState {
     pub engines: BTreeMap<String, usize>,
     /// The file, read again when it changes or on SIGHUP.
     pub routing_file: Option<PathBuf>,
+    /// Keys, limits and the usage ledger. Without them nothing is limited, and
+    /// the cost of an answer is in its response alone.
+    pub accounts: Option<Accounts>,
+    /// What tokens and machines cost.
+    pub prices: Option<Arc<PriceList>>,
 }
 
 impl GatewayState {
@@ -145,6 +122,8 @@ impl GatewayState {
             routing: Config::default(),
             engines: BTreeMap::new(),
             routing_file: None,
+            accounts: None,
+            prices: None,
         }
     }
 }
@@ -162,6 +141,7 @@ pub(crate) struct App {
     pub(crate) connections: Arc<Connections>,
     /// The server was told to stop.
     pub(crate) draining: AtomicBool,
+    pub(crate) sessions: Sessions,
     /// True once answers in flight must end.
     pub(crate) stop: watch::Receiver<bool>,
 }
@@ -197,6 +177,19 @@ impl App {
     /// The release served as `model` by an engine.
     pub(crate) fn release(&self, model: &str) -> Option<String> {
         self.state.releases.iter().find(|r| r.model == model).map(|r| r.id.clone())
+    }
+
+    /// The release that `target` serves, where it is an engine's.
+    pub(crate) fn release_of(&self, target: &Target) -> Option<String> {
+        if target.node.dialect == Dialect::Engine { self.release(&target.model) } else { None }
+    }
+
+    /// The cost of `tokens` from `target` where there are no accounts to say it.
+    pub(crate) fn cost(&self, target: Option<&Target>, at_ms: i64, tokens: &Tokens) -> Cost {
+        match (&self.state.prices, target) {
+            (Some(list), Some(t)) => list.cost(&t.model, &t.node.name, at_ms, tokens, 0),
+            _ => Cost { reason: Some("there is no price list".into()), ..Cost::default() },
+        }
     }
 
     /// The engines' figures, added up, and each backend's health.

@@ -163,7 +163,16 @@ impl Ask {
                 let message = "stream_options is only allowed when stream is true";
                 return Err(ApiError::bad_request(message, Some("stream_options"), Some("invalid_value")));
             }
-            ask.include_usage = options.get("include_usage") == Some(&serde_json::Value::Bool(true));
+            ask.include_usage = match options.get("include_usage") {
+                None | Some(serde_json::Value::Null) => false,
+                Some(serde_json::Value::Bool(wanted)) => *wanted,
+                Some(other) => {
+                    let got: String = other.to_string().chars().take(80).collect();
+                    let message = format!("stream_options.include_usage must be true or false, got {got}");
+                    let name = "stream_options.include_usage";
+                    return Err(ApiError::bad_request(message, Some(name), Some("invalid_type")));
+                }
+            };
         }
         if ask.raw(endpoint.prompt()).is_none() {
             return Err(missing(endpoint.prompt()));
@@ -195,6 +204,25 @@ impl Ask {
             let message = format!("{name} must be {wanted}, got {got}");
             ApiError::bad_request(message, Some(name), Some("invalid_type"))
         })
+    }
+
+    /// The same request with the field `name` as `json`.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub(crate) fn with(self, name: &str, json: &str) -> Result<Self, ApiError> {
+        let mut body = String::with_capacity(self.body.len() + name.len() + json.len() + 8);
+        body.push('{');
+        for (n, raw) in self.fields().filter(|(n, _)| *n != name).chain([(name, json)]) {
+            if body.len() > 1 {
+                body.push(',');
+            }
+            crate::upstream::json_string(&mut body, n);
+            body.push(':');
+            body.push_str(raw);
+        }
+        body.push('}');
+        Self::read(self.endpoint, self.headers, body.into(), self.arrived)
     }
 
     pub(crate) fn body(&self) -> &Bytes {
@@ -252,6 +280,13 @@ mod tests {
     }
 
     #[test]
+    fn a_field_is_put_in_place_of_another() {
+        let ask = read(r#"{"priority":9,"model":"m","messages":["é"]}"#).unwrap().with("priority", "3").unwrap();
+        let fields: Vec<_> = ask.fields().collect();
+        assert_eq!(fields, [("model", "\"m\""), ("messages", "[\"é\"]"), ("priority", "3")]);
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         for (body, param, says) in [
             ("{", None, "JSON object"),
@@ -262,6 +297,11 @@ mod tests {
             (r#"{"model":7,"messages":[]}"#, Some("model"), "a string, got 7"),
             (r#"{"model":"m","messages":[],"stream":1}"#, Some("stream"), "true or false"),
             (r#"{"model":"m","messages":[],"stream_options":{}}"#, Some("stream_options"), "only allowed"),
+            (
+                r#"{"model":"m","messages":[],"stream":true,"stream_options":{"include_usage":"yes"}}"#,
+                Some("stream_options.include_usage"),
+                "true or false, got \"yes\"",
+            ),
         ] {
             let e = read(body).unwrap_err();
             assert_eq!((e.status, e.param.as_deref()), (400, param), "{body}");

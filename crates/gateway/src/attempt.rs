@@ -11,6 +11,7 @@
 use crate::{
     app::App,
     ask::Ask,
+    door::Entered,
     health::Permit,
     recorder,
     route::{Attempt, Canary, InFlight, Seen, Target, random},
@@ -19,6 +20,7 @@ use crate::{
     watch::Hop,
 };
 use ashlar_api::ApiError;
+use ashlar_store::Reservation;
 use futures::{
     StreamExt as _,
     future::{Either, select},
@@ -51,21 +53,27 @@ pub(crate) struct Attempts<'a> {
     pub(crate) table: &'a Table,
     pub(crate) plan: &'a Plan,
     pub(crate) ask: &'a Ask,
+    pub(crate) entered: &'a Entered,
     pub(crate) seed: i64,
 }
 
-/// A second request under way; dropped undecided or beaten, it is booked.
-struct Leg<'a> {
+/// A second request under way: whoever loses is booked, also when it is dropped
+/// undecided.
+struct Hedge<'a> {
     all: &'a Attempts<'a>,
-    target: Arc<Target>,
     model: &'a str,
-    armed: bool,
+    /// `None` when no one lost.
+    loser: Option<Arc<Target>>,
+    id: String,
+    reservation: Option<Reservation>,
 }
 
-impl Drop for Leg<'_> {
+impl Drop for Hedge<'_> {
     fn drop(&mut self) {
-        if self.armed {
-            recorder::book_lost(self.all.app, self.all.ask, self.model, &self.target);
+        match (&self.loser, self.reservation.take()) {
+            (Some(t), reservation) => recorder::book_lost(self.all.app, self.all.ask, self.model, t, &self.id, reservation),
+            (None, Some(reservation)) => reservation.withdraw(),
+            (None, None) => {}
         }
     }
 }
@@ -200,10 +208,12 @@ impl Attempts<'_> {
         let Some((other, permit)) = second.filter(|_| self.table.budget.withdraw(Instant::now())) else {
             return first.await;
         };
+        let Some((id, reservation)) = self.entered.again(self.app, self.ask, other).await else {
+            return first.await;
+        };
         self.app.metrics.retry("hedge");
-        let leg = |target: &Arc<Target>, armed| Leg { all: self, target: target.clone(), model: &stage.route.name, armed };
         // The request's own record stands for the first, unless it loses.
-        let (mut mine, mut others) = (leg(target, false), leg(other, true));
+        let mut hedge = Hedge { all: self, model: &stage.route.name, loser: Some(other.clone()), id, reservation };
         let hedge_began = Instant::now();
         let second = pin!(self.one(stage, other, permit, wait, true));
         match select(first, second).await {
@@ -213,17 +223,17 @@ impl Attempts<'_> {
             }
             Either::Right((Ok(won), _)) => {
                 self.lost(target, began, false);
-                (mine.armed, others.armed) = (true, false);
+                hedge.loser = Some(target.clone());
                 Ok(won)
             }
             // Who failed has cost nothing; the other goes on alone.
             Either::Left((Err(_), second)) => {
                 let result = second.await;
-                others.armed = false;
+                hedge.loser = None;
                 result
             }
             Either::Right((Err(_), first)) => {
-                others.armed = false;
+                hedge.loser = None;
                 first.await
             }
         }

@@ -22,9 +22,12 @@
 //! What may not happen here: a key that is not known is passed over, or a name
 //! that points nowhere is found out by a request.
 
+mod accounts;
 mod check;
 
-use crate::{app::Prices, upstream::Dialect};
+pub use accounts::AccountsSettings;
+
+use crate::upstream::Dialect;
 use ashlar_core::{Fault, Hint};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, path::PathBuf};
@@ -33,6 +36,8 @@ use std::{collections::BTreeMap, path::PathBuf};
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
+    /// Keys, limits and usage.
+    pub accounts: AccountsSettings,
     /// Limits of the server; what is left out keeps the command line's.
     pub server: ServerSettings,
     /// Traces and metrics to a collector.
@@ -332,9 +337,6 @@ pub struct TargetSettings {
     /// Share of requests under the weighted policy; 0 takes none at first.
     #[serde(default = "one")]
     pub weight: f64,
-    /// Prices of 1000 tokens. Left out: the server's.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub price: Option<Prices>,
 }
 
 const fn one() -> f64 {

@@ -173,21 +173,28 @@ async fn backends(State(app): Shared) -> Json<Value> {
     }))
 }
 
-/// `{response, route}`: the ledger's row, and why the request went where it went
-/// while that is remembered.
+/// `{response, route}`: the ledger's row, and why the request went where it went.
 async fn request(State(app): Shared, Path(id): Path<String>) -> Result<Json<Value>, Failure> {
-    let response = app.state.store.response(&id).await.map_err(failure)?;
-    let route = app.decisions.get(&id);
-    if response.is_none() && route.is_none() {
+    let mut response = app.state.store.response(&id).await.map_err(failure)?;
+    let route = route(&app, &id, &mut response);
+    if response.is_none() && route.is_null() {
         return Err(failure(StoreError::NotFound(id)));
     }
-    Ok(Json(json!({"response": response, "route": route.as_deref()})))
+    Ok(Json(json!({"response": response, "route": route})))
 }
 
 async fn trace(State(app): Shared, Path(id): Path<String>) -> Result<Json<Value>, Failure> {
-    let (trace, response) = ranked(&app, &id).await?;
-    let route = response.as_ref().and_then(|r| app.decisions.get(&r.admission.id));
-    Ok(Json(json!({"trace": trace, "response": response, "route": route.as_deref()})))
+    let (trace, mut response) = ranked(&app, &id).await?;
+    let id = response.as_ref().map_or_else(String::new, |r| r.admission.id.clone());
+    let route = route(&app, &id, &mut response);
+    Ok(Json(json!({"trace": trace, "response": response, "route": route})))
+}
+
+/// The decision on a request: as it is while that is remembered, else as it was
+/// written down.
+fn route(app: &App, id: &str, response: &mut Option<ResponseRow>) -> Value {
+    let written = response.as_mut().and_then(|r| r.route.take());
+    app.decisions.get(id).map_or_else(|| json!(written), |decision| json!(*decision))
 }
 
 /// `{id}.svg`, with `?layout=tall` for narrow screens.

@@ -33,6 +33,9 @@ impl IntoResponse for Failure {
         if let Some(seconds) = self.error.retry_after {
             headers.insert(header::RETRY_AFTER, seconds.into());
         }
+        if status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         if let Some(id) = self.response_id.and_then(|id| HeaderValue::try_from(id).ok()) {
             headers.insert(RESPONSE_ID, id);
         }

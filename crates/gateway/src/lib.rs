@@ -8,12 +8,11 @@
 //! Routes below `/ashlar/` are the console's own.
 //!
 //! A request's way, one function a step, in `server::run` and `session`:
-//! read (`intake`, `ask`) → route (`table`, `route`: a decision, nothing is
-//! sent) → admit (`recorder`) → ask (`attempt`, `upstream`) → pieces
-//! (`session`) → reply (`reply`) → settle (`recorder`). Keys and limits belong
-//! between reading and routing, reserving into the admission, a guard of the
-//! request before asking, a guard of the answer into `Session::read`, through
-//! which every piece of every answer passes.
+//! whose key (`door`) → read (`intake`, `ask`) → route (`table`, `route`: a
+//! decision, nothing is sent) → reserve (`door`) → admit (`recorder`) → ask
+//! (`attempt`, `upstream`) → pieces (`session`) → reply (`reply`) → settle
+//! (`recorder`). A guard of the request belongs before asking, a guard of the
+//! answer into `Session::read`, through which every piece of every answer passes.
 //!
 //! What may not happen here:
 //! - an answer that the ledger has not admitted, or a response settled twice
@@ -22,10 +21,12 @@
 //!   refuse it by name);
 //! - text of a client or a document reaching a page unescaped (`graph` escapes,
 //!   the console sets text only, and its policy forbids inline scripts);
-//! - a page of another origin reading answers (`intake`).
+//! - a page of another origin reading answers (`intake`);
+//! - a request that passes a key's limits by, whatever its endpoint (`door`).
 //!
-//! Tokenizing and inference are the backend's; keys and budgets are not here
-//! yet, so a server on an open address has no console unless it is asked for.
+//! Tokenizing and inference are the backend's, keys and limits the store's. A
+//! server that requires no keys has no console on an open address unless it is
+//! asked for.
 #![forbid(unsafe_code)]
 
 mod app;
@@ -33,6 +34,7 @@ mod ask;
 mod attempt;
 mod config;
 mod console;
+mod door;
 mod error;
 mod graph;
 mod health;
@@ -46,15 +48,16 @@ mod reply;
 mod route;
 mod server;
 mod session;
+mod signin;
 mod table;
 mod telemetry;
 mod tls;
 mod upstream;
 mod watch;
 
-pub use app::{GatewayConfig, GatewayState, Prices, Rank, Served};
+pub use app::{GatewayConfig, GatewayState, Rank, Served};
 pub use config::{
-    BackendSettings, CanarySettings, Config, ConfigError, ModelSettings, Policy, RetrySettings, RuleSettings,
+    AccountsSettings, BackendSettings, CanarySettings, Config, ConfigError, ModelSettings, Policy, RetrySettings, RuleSettings,
     ServerSettings, TargetSettings, TelemetrySettings,
 };
 pub use server::{check, serve};

@@ -88,7 +88,8 @@ struct Sums {
     cached: u64,
     completion: u64,
     refusals: u64,
-    cost: f64,
+    /// By currency.
+    cost: BTreeMap<String, f64>,
     unpriced: u64,
     estimated: u64,
 }
@@ -119,8 +120,8 @@ pub(crate) struct Sample<'a> {
     pub(crate) ttft_s: Option<f64>,
     pub(crate) total_s: f64,
     pub(crate) refusal: bool,
-    /// `None` where no price is known.
-    pub(crate) cost: Option<f64>,
+    /// With its currency; `None` where no price is known.
+    pub(crate) cost: Option<(f64, &'a str)>,
     pub(crate) estimated: bool,
 }
 
@@ -201,7 +202,9 @@ impl Metrics {
             s.cached += u64::from(sample.cached_tokens);
             s.completion += u64::from(sample.completion_tokens);
             s.refusals += u64::from(sample.refusal);
-            s.cost += sample.cost.unwrap_or(0.0);
+            if let Some((amount, currency)) = sample.cost {
+                *s.cost.entry(currency.to_owned()).or_default() += amount;
+            }
             s.unpriced += u64::from(sample.cost.is_none());
             s.estimated += u64::from(sample.estimated);
         });
@@ -280,13 +283,12 @@ impl Counters {
         }
         f.add("request_rejected_total", Kind::Counter, REJECTED, []);
         type Read = fn(&Sums) -> f64;
-        let sums: [(&'static str, &'static str, Read); 8] = [
+        let sums: [(&'static str, &'static str, Read); 7] = [
             ("prompt_tokens_total", "Prompt tokens.", |s| s.prompt as f64),
             ("generation_tokens_total", "Generated tokens.", |s| s.completion as f64),
             ("prefix_cache_queries_total", "Prompt tokens looked up in a prefix cache.", |s| s.prompt as f64),
             ("prefix_cache_hits_total", "Prompt tokens found in a prefix cache.", |s| s.cached as f64),
             ("refusals_total", "Answers that refuse, by the server's word or their opening.", |s| s.refusals as f64),
-            ("cost_total", "Cost in the currency of the price list.", |s| s.cost),
             ("cost_unknown_total", "Responses without a price: their cost is not in cost_total.", |s| s.unpriced as f64),
             ("usage_estimated_total", "Responses whose tokens no one counted: they are guesses.", |s| s.estimated as f64),
         ];
@@ -294,6 +296,11 @@ impl Counters {
             let points = self.sums.iter().map(|(model, s)| (vec![("model_name", model.as_str())], Value::Number(read(s))));
             f.add(name, Kind::Counter, help, points);
         }
+        let costs = self.sums.iter().flat_map(|(model, s)| s.cost.iter().map(move |(currency, sum)| (model, currency, sum)));
+        let costs = costs.map(|(model, currency, sum)| {
+            (vec![("model_name", model.as_str()), ("currency", currency.as_str())], Value::Number(*sum))
+        });
+        f.add("cost_total", Kind::Counter, "Cost by the price list.", costs);
         f.number("ledger_errors_total", Kind::Counter, "Entries the ledger did not take.", self.ledger_errors as f64);
         let retries = self.retries.iter().map(|(kind, n)| (vec![("kind", *kind)], Value::Number(*n as f64)));
         f.add("retries_total", Kind::Counter, "Attempts after the first, by kind; those the budget forbade.", retries);

@@ -4,20 +4,24 @@
 //! answer ends, when it fails, or, through its drop, when whoever held it went
 //! away: a client that disconnects drops its HTTP body and with it the
 //! recorder. All entries pass one writer task in order, so that a settlement
-//! never overtakes its admission and dropping needs no runtime.
+//! never overtakes its admission and dropping needs no runtime; it writes in one
+//! transaction what came while it wrote the last. The usage row, with what the
+//! answer cost, goes the same way in the accounts, whose database may be another
+//! one; both have the same id and the same end.
 //!
 //! What may not happen here: a second settlement (`open` is cleared by the
-//! first, the store checks it again), or an answer without an admission: nothing
-//! of it leaves before the store has acknowledged that ([`Recorder::admitted`]).
-//! The backend is asked meanwhile, so that its time and the disk's are not added
-//! up. A killed process leaves admissions open; `Store::settle_orphans` closes
-//! those at the next start.
+//! first, the store checks it again), one that is lost while the ledger cannot be
+//! written (it is kept and tried again), or an answer without an admission:
+//! nothing of it leaves before both have acknowledged that
+//! ([`Recorder::admitted`]). The backend is asked meanwhile, so that its time and
+//! the disk's are not added up. A killed process leaves admissions open;
+//! `Store::settle_orphans` and the opening of the accounts close those.
 //!
 //! Rejected: a task spawned by each drop, which races with its own admission
 //! and with the end of the process.
 
 use crate::{
-    app::{App, Prices},
+    app::App,
     ask::Ask,
     metrics::{Metrics, Sample},
     refusal,
@@ -26,23 +30,25 @@ use crate::{
 };
 use ashlar_api::Timings;
 use ashlar_core::clock;
-use ashlar_store::{Admission, Settlement, Store, StoreError};
+use ashlar_store::{Admission, Answered, Cost, Counts, Ended, Finish, Reservation, Settlement, Store, StoreError, Used};
 use std::{
     collections::BTreeMap,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tokio::sync::{mpsc, oneshot};
 
 /// Most entries taken at once.
 const BATCH: usize = 256;
+/// How long a ledger that cannot be written is left alone.
+const PAUSE: Duration = Duration::from_millis(100);
 
 enum Entry {
     Admit(Admission, oneshot::Sender<Result<(), StoreError>>),
-    Settle(String, Settlement, Option<oneshot::Sender<()>>),
+    Settle(Ended, Option<oneshot::Sender<()>>),
     Flush(oneshot::Sender<()>),
 }
 
@@ -55,9 +61,17 @@ impl Ledger {
     pub(crate) fn new(store: Store, metrics: Arc<Metrics>) -> (Self, impl Future<Output = ()>) {
         let (tx, mut rx) = mpsc::unbounded_channel();
         let writer = async move {
-            let mut batch = Vec::with_capacity(BATCH);
-            while rx.recv_many(&mut batch, BATCH).await > 0 {
-                write(&store, &metrics, batch.drain(..)).await;
+            let (mut entries, mut batch) = (Vec::with_capacity(BATCH), Batch::default());
+            loop {
+                let more = rx.recv_many(&mut entries, BATCH);
+                // What could not be written is tried again, also when nothing comes.
+                let pause = if batch.ends.is_empty() { Duration::MAX } else { PAUSE };
+                let over = tokio::time::timeout(pause, more).await.is_ok_and(|n| n == 0);
+                entries.drain(..).for_each(|e| batch.take(e));
+                batch.write(&store, &metrics).await;
+                if over {
+                    break;
+                }
             }
         };
         (Self(tx), writer)
@@ -72,29 +86,62 @@ impl Ledger {
     }
 }
 
-/// Writes entries in their order. A receiver that is gone does not wait for the
-/// answer.
-async fn write(store: &Store, metrics: &Metrics, batch: impl Iterator<Item = Entry>) {
-    for entry in batch {
+/// What one transaction writes.
+#[derive(Default)]
+struct Batch {
+    begins: Vec<Admission>,
+    admitted: Vec<oneshot::Sender<Result<(), StoreError>>>,
+    /// Kept until they are written.
+    ends: Vec<Ended>,
+    settled: Vec<Option<oneshot::Sender<()>>>,
+    flushes: Vec<oneshot::Sender<()>>,
+}
+
+impl Batch {
+    fn take(&mut self, entry: Entry) {
         match entry {
             Entry::Admit(admission, ack) => {
-                let result = store.admit(&admission).await;
-                if result.is_err() {
-                    metrics.ledger_error();
-                }
-                let _ = ack.send(result);
+                self.begins.push(admission);
+                self.admitted.push(ack);
             }
-            Entry::Settle(id, settlement, ack) => {
-                if store.settle(&id, &settlement).await.is_err() {
-                    metrics.ledger_error();
-                }
-                if let Some(ack) = ack {
-                    let _ = ack.send(());
-                }
+            Entry::Settle(ended, ack) => {
+                self.ends.push(ended);
+                self.settled.push(ack);
             }
-            Entry::Flush(ack) => {
+            Entry::Flush(ack) => self.flushes.push(ack),
+        }
+    }
+
+    /// Writes and answers. A receiver that is gone does not wait for the answer.
+    /// When it fails, who asks to be admitted is refused, and what is over stays.
+    async fn write(&mut self, store: &Store, metrics: &Metrics) {
+        let done = match store.record(&self.begins, &self.ends).await {
+            Ok(done) => done,
+            Err(e) => {
+                metrics.ledger_error();
+                self.begins.clear();
+                for ack in self.admitted.drain(..) {
+                    let _ = ack.send(Err(StoreError::Task(e.to_string())));
+                }
+                // Nobody waits for a ledger that is out of order.
+                self.settled.iter_mut().for_each(|ack| *ack = None);
+                return self.flushes.clear();
+            }
+        };
+        for (a, ack) in self.begins.drain(..).zip(self.admitted.drain(..)) {
+            let known = || StoreError::AlreadyAdmitted(a.id.clone());
+            let _ = ack.send(done.admitted.contains(&a.id).then_some(()).ok_or_else(known));
+        }
+        for (e, ack) in self.ends.drain(..).zip(self.settled.drain(..)) {
+            if !done.settled.contains(&e.id) {
+                metrics.ledger_error();
+            }
+            if let Some(ack) = ack {
                 let _ = ack.send(());
             }
+        }
+        for ack in self.flushes.drain(..) {
+            let _ = ack.send(());
         }
     }
 }
@@ -155,6 +202,8 @@ pub(crate) struct Intake {
     /// Tokens of the prompt, guessed: what is booked when no one counts.
     pub(crate) prompt_estimate: u32,
     pub(crate) decision: Arc<Decision>,
+    /// What is set aside for it in the accounts.
+    pub(crate) reservation: Option<Reservation>,
 }
 
 /// How a response ended.
@@ -169,7 +218,11 @@ pub(crate) struct Recorder {
     app: Arc<App>,
     live: Arc<Live>,
     decision: Arc<Decision>,
-    price: Option<Prices>,
+    reservation: Option<Reservation>,
+    /// Who it was admitted for.
+    first: Answered,
+    /// Who it is with, and under which name for clients.
+    target: Option<(Arc<Target>, String)>,
     prompt_estimate: u32,
     /// Something was sent to a backend that bills by what it reads.
     remote: bool,
@@ -178,7 +231,7 @@ pub(crate) struct Recorder {
     refused: bool,
     cached: u32,
     started: Option<Instant>,
-    first: Option<Instant>,
+    first_token: Option<Instant>,
     last: Option<Instant>,
     /// The store's word on the admission, until it is heard.
     admitted: Option<oneshot::Receiver<Result<(), StoreError>>>,
@@ -200,6 +253,11 @@ impl Recorder {
             ttft_us: AtomicU64::new(0),
         });
         app.live.with(|t| t.insert(live.id.clone(), live.clone()));
+        let first = Answered {
+            release: intake.release.clone(),
+            model: intake.model.clone(),
+            backend: intake.backend.clone(),
+        };
         let (ack, admitted) = oneshot::channel();
         let admission = Admission {
             id: intake.id,
@@ -218,32 +276,49 @@ impl Recorder {
             app,
             live,
             decision: intake.decision,
-            price: None,
+            reservation: intake.reservation,
+            first,
+            target: None,
             prompt_estimate: intake.prompt_estimate,
             remote: false,
             answer: String::new(),
             refused: false,
             cached: 0,
             started: None,
-            first: None,
+            first_token: None,
             last: None,
             admitted: Some(admitted),
             open: sent,
         }
     }
 
-    /// Waits until the admission is written.
+    /// Waits until the admission is written, in the ledger and in the accounts.
     ///
     /// # Errors
-    /// When the store does not take it; there is nothing to settle then.
-    pub(crate) async fn admitted(&mut self) -> Result<(), StoreError> {
+    /// When either does not take it; what the other has of it is settled then.
+    pub(crate) async fn admitted(&mut self) -> Result<(), String> {
         let Some(word) = self.admitted.take() else { return Ok(()) };
+        let durable = async {
+            match &mut self.reservation {
+                Some(r) => r.durable().await.map_err(|e| e.to_string()),
+                None => Ok(()),
+            }
+        };
+        let (word, durable) = tokio::join!(word, durable);
         let gone = || StoreError::Task("the ledger's writer has ended".into());
-        let result = word.await.unwrap_or_else(|_| Err(gone()));
-        if result.is_err() {
+        if let Err(e) = word.unwrap_or_else(|_| Err(gone())) {
             self.open = false;
+            if let Some(r) = self.reservation.take() {
+                r.settle(Used { error: Some(e.to_string()), ..Used::new(Finish::Error) });
+            }
+            return Err(e.to_string());
         }
-        result
+        if let Err(e) = durable {
+            self.reservation = None;
+            self.fail(&e).await;
+            return Err(e);
+        }
+        Ok(())
     }
 
     pub(crate) fn id(&self) -> &str {
@@ -260,9 +335,9 @@ impl Recorder {
         self.app.metrics.upstream_error(backend, class);
     }
 
-    /// The request is with `target` from now on.
-    pub(crate) fn sent_to(&mut self, target: &Target, remote: bool) {
-        self.price = target.price;
+    /// The request is with `target` from now on, as `model` for clients.
+    pub(crate) fn sent_to(&mut self, target: &Arc<Target>, model: &str, remote: bool) {
+        self.target = Some((target.clone(), model.to_owned()));
         self.remote = remote;
     }
 
@@ -289,7 +364,7 @@ impl Recorder {
         match self.last {
             Some(last) => self.app.metrics.token_gap(&self.live.model, self.live.endpoint, (now - last).as_secs_f64()),
             None => {
-                self.first = Some(now);
+                self.first_token = Some(now);
                 let us = (now - self.live.arrived).as_micros();
                 let us = u64::try_from(us).unwrap_or(u64::MAX - 1);
                 self.live.ttft_us.store(us + 1, Relaxed);
@@ -310,15 +385,18 @@ impl Recorder {
 
     async fn settle_and_wait(&mut self, end: End<'_>) {
         let (ack, written) = oneshot::channel();
-        if self.settle(end, Some(ack)) {
-            let _ = written.await;
+        let Some(settled) = self.settle(end, Some(ack)) else { return };
+        match settled {
+            // Neither is lost when it cannot be written now.
+            Some(usage) => drop(tokio::join!(written, usage.written())),
+            None => drop(written.await),
         }
     }
 
-    /// Sends the one settlement; false when it was sent before.
-    fn settle(&mut self, end: End<'_>, ack: Option<oneshot::Sender<()>>) -> bool {
+    /// Sends the one settlement; `None` when it was sent before.
+    fn settle(&mut self, end: End<'_>, ack: Option<oneshot::Sender<()>>) -> Option<Option<ashlar_store::Settled>> {
         if !std::mem::take(&mut self.open) {
-            return false;
+            return None;
         }
         let tokens = self.live.tokens.load(Relaxed);
         let counted = match self.live.prompt.load(Relaxed) {
@@ -332,70 +410,140 @@ impl Recorder {
                 ..Tokens::default()
             },
         };
-        let since = |t: Option<Instant>| t.map(|t| (t - self.live.arrived).as_secs_f64());
-        let (finish, tokens, queue_s, error, refused) = match end {
+        let since = |t: Option<Instant>| t.map(|t| t - self.live.arrived);
+        let (finish, tokens, queue, error, refused) = match end {
             End::Done(end) => {
-                let queue_s = end.timings.map(|t: Timings| t.queue_ms / 1e3);
-                (end.finish.as_str(), end.tokens, queue_s, None, end.refused)
+                let queue = end.timings.map(|t: Timings| Duration::from_secs_f64(t.queue_ms.max(0.0) / 1e3));
+                (ledger_finish(end.finish), end.tokens, queue, None, end.refused)
             }
-            End::Failed(e) => ("error", counted, since(self.started), Some(e.to_owned()), false),
-            End::Cancelled => ("cancelled", counted, since(self.started), None, false),
+            End::Failed(e) => (Finish::Error, counted, since(self.started), Some(e.to_owned()), false),
+            End::Cancelled => (Finish::Cancelled, counted, since(self.started), None, false),
         };
         self.decision.settled(tokens);
-        let usage = tokens.usage();
-        let (ttft_s, total_s) = (since(self.first), self.live.arrived.elapsed().as_secs_f64());
-        let cost = self.price.unwrap_or(self.app.state.config.prices).cost(&usage);
+        let (ttft, total) = (since(self.first_token), self.live.arrived.elapsed());
         let refusal = refused || refusal::opens_with_refusal(&self.answer);
         self.refused = refusal;
+        let answered = self.target.as_ref().map(|(target, model)| Answered {
+            release: self.app.release_of(target),
+            model: model.clone(),
+            backend: target.node.name.clone(),
+        });
+        let target = self.target.as_ref().map(|(t, _)| t);
+        let (cost, usage) = match self.reservation.take() {
+            Some(reservation) => {
+                let settled = reservation.settle(Used {
+                    tokens: tokens.classes(),
+                    counts: if tokens.estimated { Counts::Estimated } else { Counts::Measured },
+                    machine_us: 0,
+                    model: target.map(|t| t.model.clone()),
+                    backend: target.map(|t| t.node.name.clone()),
+                    release: answered.as_ref().and_then(|a| a.release.clone()),
+                    queue_us: queue.map_or(0, micros),
+                    ttft_us: ttft.map(micros),
+                    total_us: micros(total),
+                    error: error.clone(),
+                    refusal,
+                    ..Used::new(finish)
+                });
+                (settled.cost.clone(), Some(settled))
+            }
+            None => (self.app.cost(target.map(|t| &**t), self.live.at_ms, &tokens.classes()), None),
+        };
+        let usage_total = tokens.usage();
         self.app.metrics.settled(&Sample {
             model: &self.live.model,
             endpoint: self.live.endpoint,
-            finish,
-            prompt_tokens: usage.prompt_tokens,
-            cached_tokens: usage.cached_tokens(),
-            completion_tokens: usage.completion_tokens,
-            queue_s,
-            ttft_s,
-            total_s,
+            finish: finish.as_str(),
+            prompt_tokens: usage_total.prompt_tokens,
+            cached_tokens: usage_total.cached_tokens(),
+            completion_tokens: usage_total.completion_tokens,
+            queue_s: queue.map(|d| d.as_secs_f64()),
+            ttft_s: ttft.map(|d| d.as_secs_f64()),
+            total_s: total.as_secs_f64(),
             refusal,
-            cost: Some(cost),
+            cost: amount(&cost).zip(cost.currency.as_deref()),
             estimated: tokens.estimated,
         });
         let answer = std::mem::take(&mut self.answer);
-        let settlement = Settlement {
-            finish: finish.to_owned(),
-            prompt_tokens: usage.prompt_tokens.into(),
-            cached_tokens: usage.cached_tokens().into(),
-            completion_tokens: usage.completion_tokens.into(),
-            queue_ms: queue_s.unwrap_or(0.0) * 1e3,
-            ttft_ms: ttft_s.unwrap_or(0.0) * 1e3,
-            total_ms: total_s * 1e3,
-            cost,
-            refusal,
-            answer: (!answer.is_empty()).then_some(answer),
-            error,
+        let ms = |d: Option<Duration>| d.map_or(0.0, |d| d.as_secs_f64() * 1e3);
+        let ended = Ended {
+            id: self.live.id.clone(),
+            settlement: Settlement {
+                finish: finish.as_str().to_owned(),
+                prompt_tokens: usage_total.prompt_tokens.into(),
+                cached_tokens: usage_total.cached_tokens().into(),
+                completion_tokens: usage_total.completion_tokens.into(),
+                queue_ms: ms(queue),
+                ttft_ms: ms(ttft),
+                total_ms: ms(Some(total)),
+                cost: cost.total,
+                refusal,
+                answer: (!answer.is_empty()).then_some(answer),
+                error,
+            },
+            answered: answered.filter(|a| *a != self.first),
+            route: serde_json::to_string(&*self.decision).ok(),
         };
-        let entry = Entry::Settle(self.live.id.clone(), settlement, ack);
-        self.app.ledger.0.send(entry).is_ok()
+        if self.app.ledger.0.send(Entry::Settle(ended, ack)).is_err() {
+            self.app.metrics.ledger_error();
+        }
+        Some(usage)
     }
+}
+
+/// The ledger's name of an end.
+fn ledger_finish(finish: ashlar_api::Finish) -> Finish {
+    match finish {
+        ashlar_api::Finish::Stop => Finish::Stop,
+        ashlar_api::Finish::Length => Finish::Length,
+        ashlar_api::Finish::ToolCalls => Finish::ToolCalls,
+        ashlar_api::Finish::ContentFilter => Finish::ContentFilter,
+        ashlar_api::Finish::Cancelled => Finish::Cancelled,
+    }
+}
+
+fn micros(d: Duration) -> u64 {
+    u64::try_from(d.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// A cost for a counter of floats.
+fn amount(cost: &Cost) -> Option<f64> {
+    cost.total.map(|d| d.picos() as f64 / 1e12)
 }
 
 impl Drop for Recorder {
     fn drop(&mut self) {
-        self.settle(End::Cancelled, None);
+        // On its way; a drop waits for nothing.
+        drop(self.settle(End::Cancelled, None));
         self.app.live.with(|t| t.remove(&self.live.id));
     }
 }
 
 /// Books a request that was sent to `target` and beaten by another: a row of its
 /// own, with the prompt guessed.
-pub(crate) fn book_lost(app: &Arc<App>, ask: &Ask, model: &str, target: &Target) {
-    let id = ashlar_core::id::new(ask.endpoint.id_prefix());
+pub(crate) fn book_lost(app: &App, ask: &Ask, model: &str, target: &Target, id: &str, reservation: Option<Reservation>) {
+    let why = "a hedge that lost; its tokens are estimated";
     let tokens = Tokens::estimate(ask.prompt_estimate(), 0);
-    let cost = target.price.unwrap_or(app.state.config.prices).cost(&tokens.usage());
+    let total = ask.arrived.elapsed();
+    let cost = match reservation {
+        Some(reservation) => {
+            let used = Used {
+                tokens: tokens.classes(),
+                counts: Counts::Estimated,
+                model: Some(target.model.clone()),
+                backend: Some(target.node.name.clone()),
+                release: app.release_of(target),
+                total_us: micros(total),
+                error: Some(why.into()),
+                ..Used::new(Finish::Cancelled)
+            };
+            reservation.settle(used).cost
+        }
+        None => app.cost(Some(target), clock::now_ms(), &tokens.classes()),
+    };
     let admission = Admission {
-        id: id.clone(),
-        release: None,
+        id: id.to_owned(),
+        release: app.release_of(target),
         model: model.to_owned(),
         backend: target.node.name.clone(),
         endpoint: ask.endpoint.path().to_owned(),
@@ -404,17 +552,18 @@ pub(crate) fn book_lost(app: &Arc<App>, ask: &Ask, model: &str, target: &Target)
         stream: ask.stream,
     };
     let settlement = Settlement {
-        finish: "cancelled".into(),
+        finish: Finish::Cancelled.as_str().to_owned(),
         prompt_tokens: tokens.prompt().into(),
-        total_ms: ask.arrived.elapsed().as_secs_f64() * 1e3,
-        cost,
-        error: Some("a hedge that lost; its tokens are estimated".into()),
+        total_ms: total.as_secs_f64() * 1e3,
+        cost: cost.total,
+        error: Some(why.into()),
         ..Settlement::default()
     };
+    let ended = Ended { id: id.to_owned(), settlement, answered: None, route: None };
     let (ack, _) = oneshot::channel();
     // The writer takes both in this order, and no one waits for them.
     let sent = app.ledger.0.send(Entry::Admit(admission, ack));
-    if sent.is_ok() && app.ledger.0.send(Entry::Settle(id, settlement, None)).is_err() {
+    if sent.is_err() || app.ledger.0.send(Entry::Settle(ended, None)).is_err() {
         app.metrics.ledger_error();
     }
 }

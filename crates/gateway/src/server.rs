@@ -11,6 +11,7 @@ use crate::{
     ask::{Ask, Endpoint},
     config::{Config, ConfigError},
     console,
+    door::Caller,
     error::{Failure, refuse},
     intake,
     listener::{self, Arrived, Connections},
@@ -20,6 +21,7 @@ use crate::{
     reply::{Form, RESPONSE_ID},
     route::Decisions,
     session::Session,
+    signin::{self, Sessions},
     table::{Table, Tables},
     telemetry::{self, Collect, Telemetry},
     tls::Tls,
@@ -27,10 +29,11 @@ use crate::{
     watch::Watch,
 };
 use ashlar_api::{ModelInfo, ModelList, ModelObject};
+use ashlar_store::PriceList;
 use axum::{
     Json, Router,
     extract::{Path, Request, State},
-    http::{Method, StatusCode, Uri, header},
+    http::{HeaderMap, Method, StatusCode, Uri, header},
     middleware::{self, Next},
     response::{IntoResponse as _, Response},
     routing::{get, post},
@@ -64,6 +67,7 @@ const LOOK: Duration = Duration::from_secs(1);
 pub fn check(config: &Config) -> Result<(), ConfigError> {
     Tls::new(&config.server)?;
     telemetry::check(&config.telemetry)?;
+    config.accounts.price_list()?;
     let servers = config.backends.iter().filter(|(_, b)| b.kind != Some(Dialect::Engine));
     servers.map(|(name, settings)| Node::server(name, settings)).try_for_each(|n| n.map(drop))
 }
@@ -71,14 +75,26 @@ pub fn check(config: &Config) -> Result<(), ConfigError> {
 /// Serves `state` on `listener` until `shutdown` is ready, then stops in order.
 ///
 /// # Errors
-/// When the listener's address cannot be read, or the configuration cannot be put
-/// to work (see [`check`]).
+/// When the listener's address cannot be read, the configuration cannot be put to
+/// work (see [`check`]), keys are required and there are none, or usage was priced
+/// with another list of this version.
 pub async fn serve(
     listener: TcpListener,
-    state: GatewayState,
+    mut state: GatewayState,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
     let listen = listener.local_addr()?;
+    state.config.require_keys |= state.routing.accounts.require_keys;
+    match (&state.accounts, &state.prices) {
+        (None, _) if state.config.require_keys => {
+            return Err(std::io::Error::other("keys are required, and there are no accounts to check them against"));
+        }
+        (Some(accounts), Some(list)) => {
+            accounts.set_prices(PriceList::clone(list)).await.map_err(std::io::Error::other)?;
+        }
+        _ => {}
+    }
+    let accounts = state.accounts.clone();
     let metrics = Arc::new(Metrics::new());
     let (ledger, writer) = Ledger::new(state.store.clone(), metrics.clone());
     // Owned by this function: it ends with the last recorder, which may be
@@ -100,6 +116,7 @@ pub async fn serve(
         tls: Arc::new(tls),
         connections: Arc::new(Connections::default()),
         draining: AtomicBool::new(false),
+        sessions: Sessions::default(),
         stop,
     });
     follow_telemetry(&app);
@@ -129,6 +146,10 @@ pub async fn serve(
     }
     app.telemetry.flush().await;
     app.ledger.flush().await;
+    if let Some(accounts) = accounts {
+        // What cannot be written now is settled by the next to open them.
+        let _ = accounts.flush().await;
+    }
     Ok(())
 }
 
@@ -175,8 +196,10 @@ fn router(app: Arc<App>, listen: SocketAddr) -> Router {
         .route("/health", get(health))
         .route("/livez", get(|| async { "ok" }))
         .route("/metrics", get(metrics));
-    if listen.ip().is_loopback() || app.state.config.open_console {
-        router = router.merge(console::routes());
+    let config = &app.state.config;
+    if listen.ip().is_loopback() || config.open_console || config.require_keys {
+        let guarded = console::routes().merge(signin::routes());
+        router = router.merge(guarded.route_layer(middleware::from_fn_with_state(app.clone(), signin::guard)));
     }
     router
         .fallback(no_route)
@@ -245,21 +268,32 @@ async fn run(app: &Arc<App>, endpoint: Endpoint, request: Request) -> Result<Res
     let arrived = Arrived::of(&request);
     let (parts, body) = request.into_parts();
     let table = app.tables.now();
+    let caller = Caller::of(app, &parts.headers)?;
     let body = intake::read_body(&table.limits, &parts.headers, body).await?;
     crate::watch::read_to_its_end();
     let ask = Ask::read(endpoint, parts.headers, body, arrived)?;
-    let plan = table.plan(&ask, app.route(&table, &ask.model)?)?;
-    let session = Session::open(app, &table, &ask, plan).await?;
-    Form::of(&ask, &session).answer(session).await
+    let route = caller.route(app, &table, &ask.model)?;
+    let ask = caller.narrow(ask, &route)?;
+    let plan = table.plan(&ask, route)?;
+    let mut entered = match caller.enter(app, &table, &ask, &plan).await {
+        Ok(entered) => entered,
+        Err(refused) => return Ok(refused),
+    };
+    let limits = std::mem::take(&mut entered.limits);
+    let session = Session::open(app, &table, &ask, plan, entered).await?;
+    let mut response = Form::of(&ask, &session).answer(session).await?;
+    response.headers_mut().extend(limits);
+    Ok(response)
 }
 
-async fn models(State(app): Shared) -> Json<ModelList> {
-    Json(app.models().into())
+async fn models(State(app): Shared, headers: HeaderMap) -> Result<Json<ModelList>, Failure> {
+    let caller = Caller::of(&app, &headers)?;
+    Ok(Json(caller.models(app.models()).into()))
 }
 
-async fn model(State(app): Shared, Path(id): Path<String>) -> Result<Json<ModelObject>, Failure> {
+async fn model(State(app): Shared, headers: HeaderMap, Path(id): Path<String>) -> Result<Json<ModelObject>, Failure> {
     let table = app.tables.now();
-    let route = app.route(&table, &id)?;
+    let route = Caller::of(&app, &headers)?.route(&app, &table, &id)?;
     let model = table.models().into_iter().find(|m| m.id == route.name);
     let model = model.unwrap_or_else(|| ModelInfo {
         id: route.name.clone(),

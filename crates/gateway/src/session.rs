@@ -8,6 +8,7 @@ use crate::{
     app::App,
     ask::Ask,
     attempt::{Attempts, Opened},
+    door::Entered,
     error::Failure,
     recorder::{Intake, Recorder},
     route::{Canary, InFlight, Seen, Target},
@@ -53,16 +54,17 @@ impl Session {
     /// # Errors
     /// When the store does not admit it, or no backend begins an answer; the
     /// record is settled then.
-    pub(crate) async fn open(app: &Arc<App>, table: &Arc<Table>, ask: &Ask, plan: Plan) -> Result<Self, Failure> {
-        let (in_flight, limit) = (app.live.len(), table.limits.max_in_flight);
-        if in_flight >= limit {
-            let message = format!("{in_flight} responses are in flight, the limit is {limit}");
-            return Err(ApiError::overloaded(message, 1).into());
-        }
+    pub(crate) async fn open(
+        app: &Arc<App>,
+        table: &Arc<Table>,
+        ask: &Ask,
+        plan: Plan,
+        mut entered: Entered,
+    ) -> Result<Self, Failure> {
         // A plan has a stage, and a stage a target, or it would be an error.
         let first = plan.stages.first().and_then(|s| Some((s.route.name.clone(), s.order.first()?.clone())));
         let (model, first) = first.ok_or_else(|| ApiError::internal("a plan without a target"))?;
-        let id = ashlar_core::id::new(ask.endpoint.id_prefix());
+        let id = entered.id.clone();
         let engine = first.node.dialect == Dialect::Engine;
         let sent: Option<i64> = ask.raw("seed").and_then(|raw| raw.parse().ok());
         let seed = sent.unwrap_or_else(|| seed_of(&id));
@@ -79,6 +81,7 @@ impl Session {
             arrived: ask.arrived,
             prompt_estimate: ask.prompt_estimate(),
             decision: plan.decision.clone(),
+            reservation: entered.reservation.take(),
         };
         let seen = Observed::begin(app, ask, &id, &model, &first.node.name);
         let recorder = Recorder::admit(app.clone(), intake);
@@ -86,7 +89,7 @@ impl Session {
         let mut session = Self {
             recorder,
             seen,
-            model,
+            model: model.clone(),
             target: None,
             flight: None,
             canary: None,
@@ -97,8 +100,8 @@ impl Session {
             timeout,
             stop: app.stop.clone(),
         };
-        session.recorder.sent_to(&first, !engine);
-        let attempts = Attempts { app, table, plan: &plan, ask, seed };
+        session.recorder.sent_to(&first, &model, !engine);
+        let attempts = Attempts { app, table, plan: &plan, ask, entered: &entered, seed };
         let opened = session.guarded(attempts.open()).await;
         // Also before an error is told: it carries the response's id.
         session.recorder.admitted().await.map_err(|e| {
@@ -116,7 +119,7 @@ impl Session {
     async fn take(&mut self, opened: Opened) {
         let Opened { target, model, ready, stream, flight, canary, hop, .. } = opened;
         self.seen.taken(hop, &model, &target.node.name);
-        self.recorder.sent_to(&target, target.node.dialect != Dialect::Engine);
+        self.recorder.sent_to(&target, &model, target.node.dialect != Dialect::Engine);
         (self.model, self.pieces, self.flight) = (model, Some(stream), Some(flight));
         (self.target, self.canary) = (Some(target), canary);
         for (piece, at) in ready {

@@ -17,6 +17,7 @@ use crate::{
 };
 use ashlar_api::{ApiError, ModelInfo};
 use ashlar_core::{Digest, clock};
+use ashlar_store::PriceList;
 use std::{
     collections::{BTreeMap, HashMap},
     hash::{DefaultHasher, Hash as _, Hasher as _},
@@ -41,6 +42,7 @@ pub(crate) struct Table {
     aliases: BTreeMap<String, String>,
     prefix: Arc<PrefixIndex>,
     loads: Loads,
+    prices: Option<Arc<PriceList>>,
     created: i64,
 }
 
@@ -67,6 +69,10 @@ impl Table {
     /// When a backend cannot be set up, or an engine is named that was not
     /// opened at the start.
     pub(crate) fn build(state: &GatewayState, config: Config, old: Option<&Self>) -> Result<Self, ConfigError> {
+        if old.is_some_and(|o| o.config.accounts != config.accounts) {
+            let why = "the accounts are opened when the server starts: restart it for this change".into();
+            return Err(ConfigError::Invalid { path: "accounts".into(), why });
+        }
         let mut limits = state.config.clone();
         let server = &config.server;
         limits.max_body_bytes = server.max_body_bytes.unwrap_or(limits.max_body_bytes);
@@ -107,7 +113,7 @@ impl Table {
         let mut routes = BTreeMap::new();
         let mut aliases = BTreeMap::new();
         for (name, settings) in &config.models {
-            let mut route = route(name, settings, &named, &prefix, &loads)?;
+            let mut route = route(name, settings, &named, &prefix, &loads, state.prices.as_ref())?;
             // One that was taken back stays so until its settings change.
             let before = old.and_then(|t| t.routes.get(name)?.canary.clone());
             route.canary = settings.canary.as_ref().map(|c| {
@@ -127,6 +133,7 @@ impl Table {
             aliases,
             prefix,
             loads,
+            prices: state.prices.clone(),
             created: clock::now_ms() / 1000,
         })
     }
@@ -193,7 +200,7 @@ impl Table {
             }
         }
         let (node, model) = found?;
-        let target = target(node, id, 1.0, None, &self.loads);
+        let target = target(node, id, 1.0, self.prices.clone(), &self.loads);
         Some(Arc::new(Route {
             name: id.to_owned(),
             policy: Policy::Ordered,
@@ -253,14 +260,14 @@ fn load(loads: &Loads, backend: &str, model: &str) -> Arc<Load> {
     loads.entry((backend.to_owned(), model.to_owned())).or_default().clone()
 }
 
-fn target(node: &Arc<Node>, model: &str, weight: f64, price: Option<crate::Prices>, loads: &Loads) -> Target {
+fn target(node: &Arc<Node>, model: &str, weight: f64, prices: Option<Arc<PriceList>>, loads: &Loads) -> Target {
     let mut key = DefaultHasher::new();
     (&node.name, model).hash(&mut key);
     Target {
         node: node.clone(),
         model: model.to_owned(),
         weight,
-        price,
+        prices,
         load: load(loads, &node.name, model),
         key: key.finish(),
     }
@@ -272,6 +279,7 @@ fn route(
     nodes: &BTreeMap<String, Arc<Node>>,
     prefix: &Arc<PrefixIndex>,
     loads: &Loads,
+    prices: Option<&Arc<PriceList>>,
 ) -> Result<Route, ConfigError> {
     let mut targets = Vec::new();
     for (i, t) in settings.targets.iter().enumerate() {
@@ -282,7 +290,7 @@ fn route(
         // An engine serves one model, whatever it is called here.
         let own = node.upstream.models().into_iter().next().map(|m| m.id);
         let model = t.model.clone().or(own).unwrap_or_else(|| name.to_owned());
-        targets.push(Arc::new(target(node, &model, t.weight, t.price, loads)));
+        targets.push(Arc::new(target(node, &model, t.weight, prices.cloned(), loads)));
     }
     let mut rules = Vec::new();
     for (i, rule) in settings.rules.iter().enumerate() {

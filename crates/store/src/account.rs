@@ -37,7 +37,7 @@
 
 mod admin;
 mod cells;
-mod db;
+pub(crate) mod db;
 mod directory;
 mod error;
 mod export;
@@ -56,7 +56,7 @@ pub use export::{FOCUS_COLUMNS, FocusIssuer, focus_rows, write_focus_csv};
 pub use key::{Access, Denied, Key, KeySettings, Secret, Team, TeamSettings};
 pub use limit::{Exceeded, Limit, Measure, Scope};
 pub use price::{Cost, PriceList, TokenClass, Tokens};
-pub use reserve::{Request, Reservation, Settled, Used};
+pub use reserve::{Left, Request, Reservation, Settled, Used};
 pub use usage::{CostColumns, Counts, Dimension, Finish, TokenColumns, UsageFilter, UsageRow, UsageSum};
 
 use ashlar_core::{Digest, clock, digest::to_hex};
@@ -241,6 +241,14 @@ impl Accounts {
     /// Why it is not let in.
     pub fn authenticate(&self, secret: &str) -> Result<Arc<Access>, Denied> {
         self.shared().directory.authenticate(secret, clock::now_ms())
+    }
+
+    /// The key of this id, if it is good now: for whoever showed its secret before.
+    ///
+    /// # Errors
+    /// Why it is not let in.
+    pub fn access(&self, id: &str) -> Result<Arc<Access>, Denied> {
+        self.shared().directory.access(id, clock::now_ms())
     }
 
     /// The end user's name as the ledger has it: hashed with a salt of this

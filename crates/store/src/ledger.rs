@@ -27,7 +27,7 @@ use std::{
 };
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
-const MIGRATIONS: &[&str] = &[include_str!("schema/1.sql")];
+const MIGRATIONS: &[&str] = &[include_str!("schema/1.sql"), include_str!("schema/2.sql")];
 
 const README: &str = "This folder is an Ashlar home: objects, their ledger and its log.\n\
 Several processes may use it at once. Nothing in it is meant to be edited by hand;\n\

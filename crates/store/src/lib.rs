@@ -60,7 +60,7 @@ mod verify;
 
 pub use account::{
     Access, AccountError, AccountSettings, AccountStats, Accounts, Cost, Counts, Database, Denied, Dimension, Exceeded, Finish,
-    Key, KeySettings, Limit, Measure, PriceList, Request, Reservation, ReserveError, Scope, Secret, Settled, Standing, Team,
+    Key, KeySettings, Left, Limit, Measure, PriceList, Request, Reservation, ReserveError, Scope, Secret, Settled, Standing, Team,
     TeamSettings, TokenClass, Tokens, UsageFilter, UsageRow, UsageSum, Used,
 };
 pub use document::{DocumentRow, Observation};
@@ -68,7 +68,7 @@ pub use error::StoreError;
 pub use ledger::{Artifact, Store};
 pub use lineage::{Exposed, Takedown};
 pub use release::{Release, ReleaseRow};
-pub use response::{Admission, ResponseRow, Settlement};
+pub use response::{Admission, Answered, Ended, Recorded, ResponseRow, Settlement};
 pub use run::{Exposure, Outcome, Run, Stage};
 pub use trace::{Edge, Node, Trace};
 pub use verify::LedgerReport;

@@ -1,17 +1,20 @@
 //! Responses: every admitted request settles exactly once.
 //!
-//! Admission and settlement are single statements whose conditions the database
-//! checks, so that of two settlers one wins and the other is told. Prompts are
-//! not kept; an answer is kept where the caller hands it in.
+//! [`Store::record`] writes any number of admissions and settlements in one
+//! transaction of two statements whose conditions the database checks, so that of
+//! two settlers one wins and the other is told. Prompts are not kept; an answer
+//! is kept where the caller hands it in.
 
 use crate::{
     StoreError,
+    account::db::batch,
     ledger::{Store, session_path},
     lock,
 };
-use ashlar_core::clock;
+use ashlar_core::{Decimal, clock};
 use serde::{Deserialize, Serialize};
 use sqlx::{Row as _, sqlite::SqliteRow};
+use std::collections::HashSet;
 
 /// A request that was let in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,7 +40,7 @@ pub struct Admission {
 /// How it ended.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Settlement {
-    /// `stop`, `length`, `cancelled` or `error`.
+    /// `stop`, `length`, `tool_calls`, `content_filter`, `cancelled` or `error`.
     pub finish: String,
     /// Tokens of the prompt, cached ones included.
     pub prompt_tokens: u64,
@@ -51,14 +54,49 @@ pub struct Settlement {
     pub ttft_ms: f64,
     /// Milliseconds in all.
     pub total_ms: f64,
-    /// In the currency of the price list.
-    pub cost: f64,
+    /// In the currency of the price list; `None` where it is not known.
+    pub cost: Option<Decimal>,
     /// Whether the model or the guard refused.
     pub refusal: bool,
     /// The text, where it is kept.
     pub answer: Option<String>,
     /// What went wrong.
     pub error: Option<String>,
+}
+
+/// Who answered. Where it is another than was admitted, the row names it in place
+/// of the first choice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answered {
+    /// The release, where it was one.
+    pub release: Option<String>,
+    /// The model's name for clients.
+    pub model: String,
+    /// The backend's name.
+    pub backend: String,
+}
+
+/// A response that is over, on its way to the ledger.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ended {
+    /// Its id.
+    pub id: String,
+    /// How it ended.
+    pub settlement: Settlement,
+    /// Who answered; `None`: whoever it was admitted for.
+    pub answered: Option<Answered>,
+    /// Why it went where it went, as JSON.
+    pub route: Option<String>,
+}
+
+/// What [`Store::record`] wrote.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Recorded {
+    /// Ids that are admitted now; one that is missing was known before.
+    pub admitted: HashSet<String>,
+    /// Ids that are settled now; one that is missing was settled before, or never
+    /// admitted.
+    pub settled: HashSet<String>,
 }
 
 /// A response as the ledger has it.
@@ -72,36 +110,78 @@ pub struct ResponseRow {
     /// How it ended; `None` while it runs. `finish` is `killed` when the process
     /// died under it.
     pub settlement: Option<Settlement>,
+    /// Why it went where it went, once it is settled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub route: Option<serde_json::Value>,
+}
+
+const ADMIT: &str = "INSERT INTO response (id, session, release, model, backend, endpoint, at_ms, seed, stream) \
+     WITH e AS MATERIALIZED (SELECT value AS v FROM json_each($1)) \
+     SELECT v->>0, $2, v->>1, v->>2, v->>3, v->>4, v->>5, v->>6, v->>7 FROM e WHERE 1 = 1 \
+     ON CONFLICT (id) DO NOTHING RETURNING id";
+
+// The columns of who answered stay as they were where it was the first choice.
+const SETTLE: &str = "WITH e AS MATERIALIZED (SELECT value AS v FROM json_each($1)) \
+     UPDATE response SET settled_ms = $2, finish = v->>1, prompt_tokens = v->>2, cached_tokens = v->>3, \
+     completion_tokens = v->>4, queue_ms = v->>5, ttft_ms = v->>6, total_ms = v->>7, cost = v->>8, refusal = v->>9, \
+     answer = v->>10, error = v->>11, route = v->>12, \
+     release = CASE WHEN v->>13 IS NULL THEN release ELSE v->>15 END, \
+     model = COALESCE(v->>13, model), backend = COALESCE(v->>14, backend) \
+     FROM e WHERE response.id = v->>0 AND finish IS NULL RETURNING id";
+
+/// `admission` as [`ADMIT`] reads it.
+fn begun(a: &Admission) -> impl Serialize {
+    // Two's complement: SQL has no unsigned integers.
+    let seed = a.seed.map(|s| s as i64);
+    (&a.id, &a.release, &a.model, &a.backend, &a.endpoint, a.at_ms, seed, i64::from(a.stream))
+}
+
+/// `ended` as [`SETTLE`] reads it.
+fn ended(e: &Ended) -> impl Serialize {
+    let (s, a) = (&e.settlement, e.answered.as_ref());
+    let how = (&e.id, &s.finish, s.prompt_tokens as i64, s.cached_tokens as i64, s.completion_tokens as i64);
+    let spent = (s.queue_ms, s.ttft_ms, s.total_ms, s.cost, i64::from(s.refusal));
+    let said = (&s.answer, &s.error, &e.route);
+    let by = (a.map(|a| &a.model), a.map(|a| &a.backend), a.and_then(|a| a.release.as_ref()));
+    (how.0, how.1, how.2, how.3, how.4, spent.0, spent.1, spent.2, spent.3, spent.4, said.0, said.1, said.2, by.0, by.1, by.2)
 }
 
 impl Store {
+    /// Writes admissions, then settlements, in one transaction. What it says of
+    /// them holds once it returns.
+    ///
+    /// # Errors
+    /// [`StoreError::Finish`] for an ending that is none; nothing is written then.
+    pub async fn record(&self, begins: &[Admission], ends: &[Ended]) -> Result<Recorded, StoreError> {
+        const FINISHES: [&str; 6] = ["stop", "length", "tool_calls", "content_filter", "cancelled", "error"];
+        if let Some(odd) = ends.iter().find(|e| !FINISHES.contains(&&*e.settlement.finish)) {
+            return Err(StoreError::Finish(odd.settlement.finish.clone()));
+        }
+        let json = |rows: Result<String, crate::AccountError>| rows.map_err(|e| StoreError::Corrupt(e.to_string()));
+        let mut done = Recorded::default();
+        let mut write = self.write().await?;
+        if !begins.is_empty() {
+            let rows = json(batch(&begins.iter().map(begun).collect::<Vec<_>>()))?;
+            let ids = sqlx::query_scalar(ADMIT).bind(rows).bind(&self.inner.session);
+            done.admitted.extend(ids.fetch_all(&mut *write.tx).await?);
+        }
+        if !ends.is_empty() {
+            let rows = json(batch(&ends.iter().map(ended).collect::<Vec<_>>()))?;
+            let ids = sqlx::query_scalar(SETTLE).bind(rows).bind(clock::now_ms());
+            done.settled.extend(ids.fetch_all(&mut *write.tx).await?);
+        }
+        write.commit().await?;
+        Ok(done)
+    }
+
     /// Writes a request down before any of it is answered.
     ///
     /// # Errors
     /// [`StoreError::AlreadyAdmitted`] when the id is known.
     pub async fn admit(&self, a: &Admission) -> Result<(), StoreError> {
-        let mut write = self.write().await?;
-        let done = sqlx::query(
-            "INSERT INTO response (id, session, release, model, backend, endpoint, at_ms, seed, stream) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (id) DO NOTHING",
-        )
-        .bind(&a.id)
-        .bind(&self.inner.session)
-        .bind(&a.release)
-        .bind(&a.model)
-        .bind(&a.backend)
-        .bind(&a.endpoint)
-        .bind(a.at_ms)
-        // Two's complement: SQL has no unsigned integers.
-        .bind(a.seed.map(|s| s as i64))
-        .bind(a.stream)
-        .execute(&mut *write.tx)
-        .await?;
-        write.commit().await?;
-        if done.rows_affected() == 1 {
-            Ok(())
-        } else {
-            Err(StoreError::AlreadyAdmitted(a.id.clone()))
+        match self.record(std::slice::from_ref(a), &[]).await?.admitted.is_empty() {
+            true => Err(StoreError::AlreadyAdmitted(a.id.clone())),
+            false => Ok(()),
         }
     }
 
@@ -111,32 +191,8 @@ impl Store {
     /// [`StoreError::AlreadySettled`], [`StoreError::UnknownResponse`],
     /// [`StoreError::Finish`].
     pub async fn settle(&self, id: &str, s: &Settlement) -> Result<(), StoreError> {
-        if !matches!(&*s.finish, "stop" | "length" | "cancelled" | "error") {
-            return Err(StoreError::Finish(s.finish.clone()));
-        }
-        let mut write = self.write().await?;
-        let done = sqlx::query(
-            "UPDATE response SET settled_ms = $2, finish = $3, prompt_tokens = $4, cached_tokens = $5, \
-             completion_tokens = $6, queue_ms = $7, ttft_ms = $8, total_ms = $9, cost = $10, refusal = $11, \
-             answer = $12, error = $13 WHERE id = $1 AND finish IS NULL",
-        )
-        .bind(id)
-        .bind(clock::now_ms())
-        .bind(&s.finish)
-        .bind(s.prompt_tokens as i64)
-        .bind(s.cached_tokens as i64)
-        .bind(s.completion_tokens as i64)
-        .bind(s.queue_ms)
-        .bind(s.ttft_ms)
-        .bind(s.total_ms)
-        .bind(s.cost)
-        .bind(s.refusal)
-        .bind(&s.answer)
-        .bind(&s.error)
-        .execute(&mut *write.tx)
-        .await?;
-        write.commit().await?;
-        if done.rows_affected() == 1 {
+        let ended = Ended { id: id.into(), settlement: s.clone(), answered: None, route: None };
+        if !self.record(&[], &[ended]).await?.settled.is_empty() {
             return Ok(());
         }
         let earlier: Option<String> =
@@ -230,7 +286,7 @@ pub(crate) fn response_of(row: &SqliteRow) -> Result<ResponseRow, StoreError> {
             queue_ms: number("queue_ms")?,
             ttft_ms: number("ttft_ms")?,
             total_ms: number("total_ms")?,
-            cost: number("cost")?,
+            cost: cost(row)?,
             refusal: row.try_get::<Option<bool>, _>("refusal")?.unwrap_or(false),
             answer: row.try_get("answer")?,
             error: row.try_get("error")?,
@@ -249,5 +305,13 @@ pub(crate) fn response_of(row: &SqliteRow) -> Result<ResponseRow, StoreError> {
         },
         settled_ms: row.try_get("settled_ms")?,
         settlement,
+        // Written by us as JSON.
+        route: row.try_get::<Option<String>, _>("route")?.and_then(|text| serde_json::from_str(&text).ok()),
     })
+}
+
+fn cost(row: &SqliteRow) -> Result<Option<Decimal>, StoreError> {
+    let text: Option<String> = row.try_get("cost")?;
+    let bad = |t: &str| StoreError::Corrupt(format!("{t:?} is no cost"));
+    text.map(|t| t.parse().map_err(|_| bad(&t))).transpose()
 }

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 impl Config {
     pub(super) fn check(&self) -> Result<(), ConfigError> {
         let invalid = |path: String, why: String| Err(ConfigError::Invalid { path, why });
+        self.accounts.check()?;
         for (name, b) in &self.backends {
             let at = |key: &str| format!("backends.{name}.{key}");
             let Some(kind) = b.kind else {
@@ -135,11 +136,6 @@ impl Config {
             if !(0.0..=1e9).contains(&t.weight) {
                 return invalid(format!("targets[{i}].weight"), format!("it must be between 0 and 1e9, got {}", t.weight));
             }
-            if let Some(p) = t.price
-                && ![p.input, p.cached, p.output].iter().all(|p| (0.0..1e12).contains(p))
-            {
-                return invalid(format!("targets[{i}].price"), "prices are not negative".into());
-            }
             if m.targets[..i].iter().any(|o| (&o.backend, &o.model) == (&t.backend, &t.model)) {
                 return invalid(format!("targets[{i}]"), "the same backend and model are listed before".into());
             }
@@ -253,6 +249,8 @@ mod tests {
     use super::*;
 
     const GOOD: &str = r#"
+        [accounts]
+        database = "postgres://ashlar@db/ashlar"
         [backends.a]
         kind = "vllm"
         url = "http://a/v1"
@@ -261,7 +259,7 @@ mod tests {
         api_key_env = "K"
         [models.m]
         aliases = ["n"]
-        targets = [{ backend = "a", weight = 3 }, { backend = "b", model = "x", price = { input = 1, output = 2 } }]
+        targets = [{ backend = "a", weight = 3 }, { backend = "b", model = "x" }]
         fallback = ["f"]
         [[models.m.rules]]
         min_bytes = 10
@@ -283,6 +281,10 @@ mod tests {
     fn mistakes_are_named_with_the_nearest_name() {
         let cases = [
             ("wieght = 3", "weight = 3", "did you mean \"weight\""),
+            ("database = \"postgres://a:b@db/x\"", "database = \"postgres://ashlar@db/ashlar\"", "accounts.database: it holds a password"),
+            ("database = \"mysql://db/x\"", "database = \"postgres://ashlar@db/ashlar\"", "accounts.database: accounts are kept in"),
+            ("requir_keys = true", "database = \"postgres://ashlar@db/ashlar\"", "did you mean \"require_keys\""),
+            ("assume_tokens = 0", "database = \"postgres://ashlar@db/ashlar\"", "accounts.assume_tokens: it must be at least 1"),
             ("[model.f]", "[models.f]", "did you mean \"models\""),
             ("kind = \"vlmm\"", "kind = \"vllm\"", "unknown variant `vlmm`"),
             ("backend = \"aa\", weight", "backend = \"a\", weight", "no backend \"aa\", did you mean \"a\"?"),
@@ -300,7 +302,7 @@ mod tests {
             ("url = \"http://a/v1\"\nidle_timeout_s = 0", "url = \"http://a/v1\"", "backends.a.idle_timeout_s: it must be above 0"),
             ("headers = { Authorization = \"x\" }", "api_key_env = \"K\"", "holds a secret"),
             ("serve = \"prod\"", "api_key_env = \"K\"", "only an engine has it"),
-            ("[backends.a", "[backends.a]", "line 2"),
+            ("[backends.a", "[backends.a]", "line 4"),
             ("fallback = [\"f\"]\ncanary = { backend = \"c\", share = 0.1 }", "fallback = [\"f\"]", "models.m.canary.backend"),
             ("fallback = [\"f\"]\ncanary = { backend = \"b\", share = 0.6 }", "fallback = [\"f\"]", "models.m.canary.share: it must be above 0"),
         ];

@@ -26,7 +26,7 @@ fn has(page: &str, line: &str) {
 fn models_are_told_apart_and_summed_for_the_console() {
     let m = Metrics::new();
     m.settled(&sample("a"));
-    m.settled(&Sample { cost: Some(0.5), ..sample("a") });
+    m.settled(&Sample { cost: Some((0.5, "EUR")), ..sample("a") });
     m.settled(&Sample { endpoint: "/v1/completions", ..sample("b") });
     m.token_gap("a", "/v1/chat/completions", 0.003);
     m.ended("a", "x", "answered", 0.4);
@@ -34,7 +34,7 @@ fn models_are_told_apart_and_summed_for_the_console() {
     for line in [
         "ashlar:prompt_tokens_total{model_name=\"a\"} 20",
         "ashlar:prefix_cache_hits_total{model_name=\"b\"} 4",
-        "ashlar:cost_total{model_name=\"a\"} 0.5",
+        "ashlar:cost_total{model_name=\"a\",currency=\"EUR\"} 0.5",
         "ashlar:cost_unknown_total{model_name=\"a\"} 1",
         "ashlar:time_to_first_token_seconds_bucket{model_name=\"a\",endpoint=\"/v1/chat/completions\",le=\"0.01\"} 0",
         "ashlar:time_to_first_token_seconds_bucket{model_name=\"a\",endpoint=\"/v1/chat/completions\",le=\"0.02\"} 2",

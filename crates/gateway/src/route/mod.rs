@@ -20,8 +20,10 @@ pub(crate) use load::{InFlight, Load};
 pub(crate) use prefix::PrefixIndex;
 pub(crate) use rules::Rule;
 
-use crate::{app::Prices, ask::Ask, config::Policy, node::Node};
-use ashlar_api::{ApiError, Usage};
+use crate::{ask::Ask, config::Policy, node::Node};
+use ashlar_api::ApiError;
+use ashlar_core::clock;
+use ashlar_store::{PriceList, Tokens};
 use std::{
     cmp::Ordering,
     hash::{BuildHasher as _, RandomState},
@@ -42,7 +44,7 @@ pub(crate) struct Target {
     /// What the backend calls the model.
     pub(crate) model: String,
     pub(crate) weight: f64,
-    pub(crate) price: Option<Prices>,
+    pub(crate) prices: Option<Arc<PriceList>>,
     pub(crate) load: Arc<Load>,
     /// Names it in the prefix index.
     pub(crate) key: u64,
@@ -89,9 +91,14 @@ pub(crate) fn random() -> f64 {
 }
 
 impl Target {
-    /// Money for `ask` when its answer has `tokens`; `None` without a price.
-    fn cost(&self, ask: &Ask, tokens: u32) -> Option<f64> {
-        Some(self.price?.cost(&Usage::new(ask.prompt_estimate(), 0, tokens)))
+    /// Money for `ask` when its answer has `tokens`, for a comparison; `None`
+    /// without a price. A machine is taken to work for nobody else meanwhile.
+    fn cost(&self, ask: &Ask, tokens: u32, now: Instant) -> Option<f64> {
+        let machine_us = (self.load.predicted_s(tokens, now) * 1e6) as u64;
+        let tokens = Tokens { input: ask.prompt_estimate().into(), output: tokens.into(), ..Tokens::default() };
+        let list = self.prices.as_ref()?;
+        let cost = list.cost(&self.model, &self.node.name, clock::now_ms(), &tokens, machine_us);
+        cost.total.map(|d| d.picos() as f64 / 1e12)
     }
 }
 
@@ -252,7 +259,7 @@ impl Route {
                 format!("quicker of two drawn, {} and {}, for {tokens} tokens", name(a), name(b))
             }
             Policy::Cost => {
-                let scores = fit.iter().map(|i| match target(*i).cost(ask, tokens) {
+                let scores = fit.iter().map(|i| match target(*i).cost(ask, tokens, now) {
                     Some(cost) => (cost, format!("{} prompt and {tokens} answer tokens", ask.prompt_estimate())),
                     None => (f64::MAX, "no price is known".into()),
                 });

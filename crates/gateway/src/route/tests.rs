@@ -37,7 +37,10 @@ fn target(name: &str, weight: f64, price: Option<f64>) -> Arc<Target> {
         node: Arc::new(Node::fake(name, Box::new(Mute { plain: name == "plain" }))),
         model: "m".into(),
         weight,
-        price: price.map(|p| Prices { input: p, cached: p, output: p }),
+        prices: price.map(|p| {
+            let list = format!("version='1'\ncurrency='USD'\n[[price]]\nmodel='m'\ninput='{p}'\noutput='{p}'");
+            Arc::new(PriceList::parse(&list).unwrap())
+        }),
         load: Arc::default(),
         key: name.bytes().fold(7, |k, b| k * 31 + u64::from(b)),
     })

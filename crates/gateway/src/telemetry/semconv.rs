@@ -92,6 +92,7 @@ pub(crate) fn attribute(label: &str, value: &str) -> (&'static str, String) {
         "finished_reason" => ("ashlar.finished_reason", value.to_owned()),
         "status" => (HTTP_STATUS, value.to_owned()),
         "error" => (ERROR_TYPE, value.to_owned()),
+        "currency" => ("ashlar.currency", value.to_owned()),
         "version" => (SERVICE_VERSION, value.to_owned()),
         _ => ("ashlar.kind", value.to_owned()),
     }

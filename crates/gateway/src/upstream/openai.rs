@@ -208,7 +208,12 @@ fn read(json: &str) -> Result<Read, String> {
         out.refused |= message.refusal.is_some_and(|r| !r.is_empty());
         if let Some(finish) = choice.finish_reason {
             out.refused |= finish == "content_filter";
-            out.finish = Some(if finish == "length" { Finish::Length } else { Finish::Stop });
+            out.finish = Some(match finish.as_str() {
+                "length" => Finish::Length,
+                "tool_calls" | "function_call" => Finish::ToolCalls,
+                "content_filter" => Finish::ContentFilter,
+                _ => Finish::Stop,
+            });
         }
         if choice.index == 0 {
             out.chunk.text.push_str(&text);
@@ -336,7 +341,9 @@ mod tests {
         let r = read(r#"{"choices":[],"usage":null}"#).unwrap();
         assert!(r.chunk.bare && r.chunk.usage.is_none());
         let r = read(r#"{"choices":[{"message":{"content":null,"refusal":"no","tool_calls":[{}]},"finish_reason":"content_filter"}]}"#).unwrap();
-        assert!(r.refused && r.chunk.gains == 1);
+        assert!(r.refused && r.chunk.gains == 1 && r.finish == Some(Finish::ContentFilter));
+        let r = read(r#"{"choices":[{"delta":{"tool_calls":[{}]},"finish_reason":"tool_calls"}]}"#).unwrap();
+        assert_eq!(r.finish, Some(Finish::ToolCalls));
         for bad in ["", "[]", "{}", r#"{"choices":{}}"#, r#"{"choices":[{"delta":{"content":5}}]}"#, r#"{"choices":[],"choices":[]}"#] {
             assert!(read(bad).is_err(), "{bad}");
         }

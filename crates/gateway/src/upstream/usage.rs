@@ -44,6 +44,17 @@ impl Tokens {
         Usage::new(self.prompt(), self.cache_read, self.completion())
     }
 
+    /// As the usage ledger has them.
+    pub fn classes(&self) -> ashlar_store::Tokens {
+        ashlar_store::Tokens {
+            input: self.input.into(),
+            cache_read: self.cache_read.into(),
+            cache_write: self.cache_write.into(),
+            output: self.output.into(),
+            reasoning: self.reasoning.into(),
+        }
+    }
+
     /// A guess.
     pub(crate) fn estimate(prompt: u32, completion: u32) -> Self {
         Self { input: prompt, output: completion, estimated: true, ..Self::default() }

@@ -5,8 +5,8 @@ use ashlar_api::{
     ModelInfo, Prompt, Score, Timings, Usage,
 };
 use ashlar_core::{ArtifactKind, Digest};
-use ashlar_gateway::{Config, GatewayConfig, GatewayState, Prices, Served};
-use ashlar_store::{Exposure, Observation, Release, ResponseRow, Stage, Store};
+use ashlar_gateway::{Config, GatewayConfig, GatewayState, Served};
+use ashlar_store::{Exposure, Observation, PriceList, Release, ResponseRow, Stage, Store};
 use base64::Engine as _;
 use serde_json::{Value, json};
 use std::{
@@ -28,6 +28,25 @@ use tokio::{
 pub(crate) const MODEL: &str = "fake-1";
 pub(crate) const CONTEXT: u32 = 64;
 pub(crate) const XSS: &str = "<script>alert('x')</script><img src=x onerror=alert(1)>&\"";
+
+/// The mock's models are named after what they do.
+pub(crate) const PRICES: &str = r#"
+    version = "t1"
+    currency = "USD"
+    [[price]]
+    model = "fake-1"
+    input = "1000"
+    cache_read = "500"
+    output = "2000"
+    [[price]]
+    model = "*"
+    input = "1"
+    cache_read = "0.5"
+    output = "2"
+    [[price]]
+    model = "unpriced"
+    input = "1"
+"#;
 
 /// Answers by the last word of the prompt; see `script`.
 #[derive(Default)]
@@ -171,7 +190,7 @@ impl Server {
         .await
     }
 
-    async fn of(set: impl FnOnce(&mut GatewayState)) -> Self {
+    pub(crate) async fn of(set: impl FnOnce(&mut GatewayState)) -> Self {
         let home = tempfile::tempdir().unwrap();
         let store = Store::open(home.path()).await.unwrap();
         let release = lineage(&store).await;
@@ -180,7 +199,7 @@ impl Server {
         let mut state = GatewayState::new(vec![Arc::new(fake)], store.clone());
         state.releases.push(Served { id: release.clone(), channel: "main".into(), model: MODEL.into() });
         state.aliases.insert("best".into(), MODEL.into());
-        state.config.prices = Prices { input: 1.0, cached: 0.5, output: 2.0 };
+        state.prices = Some(Arc::new(PriceList::parse(PRICES).unwrap()));
         state.config.grace = Duration::from_millis(200);
         state.rank = Some(Arc::new(|row: &ResponseRow| {
             let answer = row.settlement.as_ref().and_then(|s| s.answer.clone()).unwrap_or_default();

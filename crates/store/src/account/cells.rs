@@ -151,6 +151,14 @@ impl Front {
         }
     }
 
+    /// What of a limit is left, as far as this replica knows: what it has claimed
+    /// and not used, and what nobody had claimed when the database was last asked.
+    pub(super) fn left(&self, need: &Need) -> i128 {
+        let Some(cell) = self.cells.get(&need.cell) else { return need.cap() };
+        let room = cell.room.map_or(need.cap() - cell.claimed, |(room, _)| room);
+        (cell.slack() + room.max(0)).min(need.cap())
+    }
+
     pub(super) fn generation(&self) -> u64 {
         self.generation
     }

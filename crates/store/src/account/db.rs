@@ -263,7 +263,7 @@ fn put(sql: &str, each: impl Fn(&str) -> String, words: [(&str, &str); 5]) -> St
 
 /// A batch of rows as one argument. PostgreSQL's text holds no NUL: it becomes
 /// the replacement character.
-pub(super) fn batch<T: serde::Serialize + ?Sized>(rows: &T) -> Result<String, AccountError> {
+pub(crate) fn batch<T: serde::Serialize + ?Sized>(rows: &T) -> Result<String, AccountError> {
     let text = serde_json::to_string(rows)?;
     Ok(if text.contains("\\u0000") { without_nul(&text) } else { text })
 }

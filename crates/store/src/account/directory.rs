@@ -14,7 +14,7 @@ use ashlar_core::Digest;
 use serde::Deserialize;
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    sync::{Arc, PoisonError, RwLock, Weak},
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, Weak},
     time::{Duration, Instant},
 };
 
@@ -116,13 +116,24 @@ impl Directory {
         Ok(())
     }
 
-    pub(super) fn authenticate(&self, secret: &str, now_ms: i64) -> Result<Arc<Access>, Denied> {
+    /// The index, if it was read lately enough.
+    fn fresh(&self) -> Result<RwLockReadGuard<'_, Index>, Denied> {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
         let age = index.read.map_or(Duration::MAX, |read| read.elapsed());
         if age > self.stale {
             let ms = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
             return Err(Denied::Stale { age_ms: ms(age), most_ms: ms(self.stale) });
         }
+        Ok(index)
+    }
+
+    pub(super) fn access(&self, id: &str, now_ms: i64) -> Result<Arc<Access>, Denied> {
+        let access = self.fresh()?.keys.get(id).ok_or(Denied::Unknown)?.access.clone();
+        access.good(now_ms).map(|()| access)
+    }
+
+    pub(super) fn authenticate(&self, secret: &str, now_ms: i64) -> Result<Arc<Access>, Denied> {
+        let index = self.fresh()?;
         let prefix = shape(secret).ok_or(Denied::Unknown)?;
         let hash = Digest::of(secret.as_bytes());
         let candidates = index.by_prefix.get(prefix).into_iter().flatten();

@@ -31,6 +31,11 @@ impl Secret {
         Ok(Self(format!("{WORD}{}", to_hex(&bytes))))
     }
 
+    /// Whether `text` means to be a secret of ours, good or not.
+    pub fn is_like(text: &str) -> bool {
+        text.starts_with(WORD)
+    }
+
     /// The text to hand to the key's holder.
     pub fn reveal(&self) -> &str {
         &self.0
@@ -79,6 +84,8 @@ pub struct KeySettings {
     pub tags: BTreeMap<String, String>,
     /// When it ends.
     pub expires_ms: Option<i64>,
+    /// Whether its holder may see the console: every request, answers included.
+    pub console: bool,
     /// Whether it is switched off for now.
     pub disabled: bool,
 }

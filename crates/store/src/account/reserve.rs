@@ -73,6 +73,8 @@ pub struct Used {
     pub backend: Option<String>,
     /// The adapter that answered, where it is another.
     pub adapter: Option<String>,
+    /// The release that answered, or none; it counts where `backend` is given.
+    pub release: Option<String>,
     /// Microseconds before the first forward pass.
     pub queue_us: u64,
     /// Microseconds to the first token, where there was one.
@@ -98,6 +100,7 @@ impl Used {
             model: None,
             backend: None,
             adapter: None,
+            release: None,
             queue_us: 0,
             ttft_us: None,
             total_us: 0,
@@ -143,7 +146,7 @@ impl Open {
             tags: self.tags.clone(),
             model: used.model.unwrap_or_else(|| self.model.clone()),
             adapter: used.adapter.or_else(|| self.adapter.clone()),
-            release: self.release.clone(),
+            release: if used.backend.is_some() { used.release } else { self.release.clone() },
             backend: used.backend.unwrap_or_else(|| self.backend.clone()),
             endpoint: self.endpoint.clone(),
             stream: self.stream,
@@ -192,6 +195,17 @@ pub struct Reservation {
     /// Whether the caller has it.
     handed: bool,
     written: Option<oneshot::Receiver<Result<(), AccountError>>>,
+}
+
+/// A limit and what of it is left beside this request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Left {
+    /// The limit.
+    pub limit: Limit,
+    /// What is left, as far as this replica knows.
+    pub left: Decimal,
+    /// When the window ends.
+    pub ends_ms: Option<i64>,
 }
 
 /// The settlement of a request on its way to the ledger.
@@ -349,6 +363,30 @@ impl Reservation {
             }
         }
         result
+    }
+
+    /// What is left of each of its limits.
+    pub fn left(&self) -> Vec<Left> {
+        if self.needs.is_empty() {
+            return Vec::new();
+        }
+        let front = self.shared.cells.lock();
+        let left = |n: &Need| Left {
+            limit: n.bound.limit.clone(),
+            left: Decimal::from_picos(front.left(n).max(0)),
+            ends_ms: n.end_ms,
+        };
+        self.needs.iter().map(left).collect()
+    }
+
+    /// Takes it back without a row: its request was never sent, and another row
+    /// stands for what was.
+    pub fn withdraw(mut self) {
+        if self.open {
+            self.release();
+            let entry = Settle { id: self.facts.id.clone(), row: None, generation: u64::MAX, spent: Vec::new(), ack: None };
+            let _ = self.shared.entries.send(Entry::Settle(entry));
+        }
     }
 
     /// Settles with what was used. Returns at once; the row is written in the

@@ -37,6 +37,7 @@ async fn a_row_is_what_was_settled(place: Place) {
         tokens: Tokens { input: 10, cache_read: 20, cache_write: 0, output: 5, reasoning: 2 },
         counts: Counts::Estimated,
         backend: Some("other".into()),
+        release: Some("rel-2".into()),
         queue_us: 7,
         ttft_us: Some(70),
         total_us: 700,
@@ -50,7 +51,7 @@ async fn a_row_is_what_was_settled(place: Place) {
     assert_eq!((row.at_ms, row.settled_ms >= at_ms), (at_ms, true));
     assert_eq!((row.api_key, row.team, row.end_user), (Some(key.id), Some(team.id), Some(accounts.user_hash("ann"))));
     assert_eq!(row.tags, [("a".to_owned(), "1".to_owned()), ("b".into(), "2".into())].into());
-    assert_eq!((&*row.model, &*row.backend, row.adapter.as_deref(), row.release.as_deref()), ("small", "other", Some("lora"), Some("rel-1")));
+    assert_eq!((&*row.model, &*row.backend, row.adapter.as_deref(), row.release.as_deref()), ("small", "other", Some("lora"), Some("rel-2")));
     assert_eq!((row.stream, row.refusal, row.counts, row.finish), (true, true, Counts::Estimated, Finish::Error));
     assert_eq!((row.tokens.input, row.tokens.cache_read, row.tokens.output, row.tokens.reasoning), (10, 20, 5, 2));
     assert_eq!((row.queue_us, row.ttft_us, row.total_us), (7, Some(70), 700));

@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 fn stop_reason(reason: &str) -> (&'static str, Finish, bool) {
     match reason {
         "max_tokens" | "model_context_window_exceeded" => ("length", Finish::Length, false),
-        "tool_use" => ("tool_calls", Finish::Stop, false),
-        "refusal" => ("content_filter", Finish::Stop, true),
+        "tool_use" => ("tool_calls", Finish::ToolCalls, false),
+        "refusal" => ("content_filter", Finish::ContentFilter, true),
         _ => ("stop", Finish::Stop, false),
     }
 }
