@@ -194,7 +194,7 @@ const ROWS: &[(&str, &[Panel])] = &[
             title: "KV cache", unit: "percentunit", about: "",
             queries: &[
                 ("ashlar:kv_cache_usage_perc", "{{instance}} in use"),
-                ("ashlar:kv_cache_blocks_cached / ashlar:kv_cache_blocks_total", "{{instance}} kept for prefixes"),
+                ("ashlar:kv_cache_blocks_cached / ashlar:kv_cache_blocks", "{{instance}} kept for prefixes"),
             ],
         },
         Panel {

@@ -90,7 +90,7 @@ impl Gauges {
             ("num_responses_in_flight", "Responses admitted and not yet settled.", self.in_flight as f64),
             ("kv_cache_blocks_used", "KV blocks in use.", f64::from(e.blocks_used)),
             ("kv_cache_blocks_cached", "KV blocks free that hold a reusable prefix.", f64::from(e.blocks_cached)),
-            ("kv_cache_blocks_total", "KV blocks in all.", f64::from(e.blocks_total)),
+            ("kv_cache_blocks", "KV blocks in all.", f64::from(e.blocks_total)),
             ("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", used),
             ("queued_bytes", "Bytes of requests that have not started.", e.queued_bytes as f64),
         ] {

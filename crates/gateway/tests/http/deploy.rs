@@ -301,6 +301,7 @@ async fn helm_renders_what_kubernetes_takes() {
     let folder = tempfile::tempdir().unwrap();
     let python = std::env::var("ASHLAR_DEPLOY_PYTHON").unwrap_or_else(|_| "python3".into());
     let plain: &[&str] = &["persistence.enabled=false", "database.existingSecret=s", "networkPolicy.enabled=false"];
+    let seconds = regex::Regex::new(r"terminationGracePeriodSeconds: (\d+)").unwrap();
     for (values, kinds) in [
         (EVERYTHING, &["StatefulSet", "HorizontalPodAutoscaler", "NetworkPolicy", "PodDisruptionBudget", "ServiceMonitor", "PrometheusRule", "Secret"][..]),
         (plain, &["Deployment", "Service", "ConfigMap", "ServiceAccount"][..]),
@@ -316,7 +317,6 @@ async fn helm_renders_what_kubernetes_takes() {
         let toml: String = toml.lines().take_while(|l| l.is_empty() || l.starts_with("    ")).map(|l| format!("{}\n", l.trim())).collect();
         let config = config(&toml);
         assert_eq!(config.server.tls_cert.is_some(), values.contains(&"tls.secret=t"), "{toml}");
-        let seconds = regex::Regex::new(r"terminationGracePeriodSeconds: (\d+)").unwrap();
         let given = seconds.captures(&text).unwrap()[1].parse::<f64>().unwrap();
         assert!(given > config.server.drain_s.unwrap() + config.server.grace_s.unwrap());
         let file = folder.path().join("all.yaml");
