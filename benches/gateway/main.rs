@@ -321,15 +321,30 @@ async fn rate(seconds: u64) -> Result<(), Any> {
     Ok(())
 }
 
+/// Fails when memory goes on growing once the caches are full: decisions hold
+/// some 4,000 requests, and the database has a cache of its own.
 #[allow(clippy::print_stdout)]
 async fn soak(requests: usize) -> Result<(), Any> {
     let mock = Peer::start(&["mock"]).await?;
     let gateway = Peer::start(&["gateway", &mock.at.at.to_string()]).await?;
-    let mut done = 0;
-    while done < requests {
-        let (rate, first, _) = load(gateway.at, 1 << 10, done % 2 == 0, 16, Duration::from_secs(2)).await?;
+    let warm = (requests / 3).max(5000);
+    let (mut done, mut full, mut stream) = (0, None, false);
+    while done < warm + requests {
+        stream = !stream;
+        let (rate, first, _) = load(gateway.at, 1 << 10, stream, 16, Duration::from_secs(1)).await?;
         done += first.len();
-        println!("{done} requests, {rate:.0}/s, {} KiB", gateway.memory()?);
+        let memory = gateway.memory()?;
+        if done >= warm {
+            full.get_or_insert((done, memory));
+        }
+        println!("{done} requests, {rate:.0}/s, {memory} KiB");
+    }
+    let ((after, before), now) = (full.ok_or("no request was answered")?, gateway.memory()?);
+    let (grown, more) = (now.saturating_sub(before), done - after);
+    println!("{grown} KiB more after {more} further requests: {:.1} bytes a request", grown as f64 * 1024.0 / more as f64);
+    let allowed = 4096 + before / 20;
+    if grown > allowed {
+        return Err(format!("memory grew by {grown} KiB from {before} KiB, {allowed} KiB are allowed").into());
     }
     Ok(())
 }

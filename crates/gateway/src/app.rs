@@ -4,11 +4,14 @@ use crate::{
     config::Config,
     embed::{Embed, EncoderInfo},
     ledger::Ledger,
-    metrics::{BackendGauges, Gauges, Metrics},
+    listener::Connections,
+    metrics::{BackendGauges, Gauges, Metrics, ProcessGauges},
     recorder::LiveTable,
     route::{Decisions, Route, Target},
     signin::Sessions,
     table::{Table, Tables},
+    telemetry::Telemetry,
+    tls::Tls,
     upstream::Dialect,
 };
 use ashlar_api::{ApiError, Backend, BackendStats, ModelInfo};
@@ -16,7 +19,10 @@ use ashlar_store::{Accounts, Cost, PriceList, ResponseRow, Store, Tokens};
 use std::{
     collections::BTreeMap,
     path::PathBuf,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 use tokio::sync::watch;
@@ -35,7 +41,10 @@ pub struct GatewayConfig {
     pub body_timeout: Duration,
     /// Time for a whole answer.
     pub request_timeout: Duration,
-    /// Time answers in flight get to finish once the server is told to stop.
+    /// Time in which a server that is told to stop still takes requests, while
+    /// /health says that it is draining: what a load balancer needs to notice.
+    pub drain: Duration,
+    /// Time answers in flight get to finish after that.
     pub grace: Duration,
     /// Whether only requests with a good key are answered, and the console asks
     /// for one. The configuration file may say so, too.
@@ -54,6 +63,7 @@ impl Default for GatewayConfig {
             max_in_flight: 256,
             body_timeout: Duration::from_secs(30),
             request_timeout: Duration::from_secs(600),
+            drain: Duration::ZERO,
             grace: Duration::from_secs(10),
             require_keys: false,
             allowed_hosts: Vec::new(),
@@ -138,6 +148,11 @@ pub(crate) struct App {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) live: LiveTable,
     pub(crate) decisions: Decisions,
+    pub(crate) telemetry: Telemetry,
+    pub(crate) tls: Arc<Tls>,
+    pub(crate) connections: Arc<Connections>,
+    /// The server was told to stop.
+    pub(crate) draining: AtomicBool,
     pub(crate) sessions: Sessions,
     /// What the guard counts and knows of users.
     pub(crate) guard: Arc<crate::guard::Shared>,
@@ -212,6 +227,7 @@ impl App {
                 requests,
                 errors,
                 opened,
+                in_flight: table.in_flight(&n.name),
             }
         });
         let canaries = table.canaries().map(|(model, c)| (model.to_owned(), c.rolled_back().is_some()));
@@ -221,6 +237,22 @@ impl App {
             backends: backends.collect(),
             canaries: canaries.collect(),
             file: self.tables.file(),
+            process: self.process(),
+        }
+    }
+
+    fn process(&self) -> ProcessGauges {
+        let (tls, sent) = (self.tls.state(), &self.telemetry.counts);
+        ProcessGauges {
+            connections: self.connections.open.load(Relaxed),
+            accepted: self.connections.accepted.load(Relaxed),
+            handshakes_failed: self.connections.handshakes_failed.load(Relaxed),
+            certificate_reloads: tls.reloads,
+            certificate_failures: tls.failures,
+            draining: self.draining.load(Relaxed),
+            spans_sent: sent.sent.load(Relaxed),
+            spans_dropped: sent.dropped.load(Relaxed),
+            exports_failed: sent.failed.load(Relaxed),
         }
     }
 }

@@ -17,6 +17,7 @@ use crate::{
     route::{Attempt, Canary, InFlight, Seen, Target, random},
     table::{Plan, PlanStage, Table},
     upstream::{Piece, Pieces, UpstreamError},
+    watch::Hop,
 };
 use ashlar_api::ApiError;
 use ashlar_store::Reservation;
@@ -42,6 +43,7 @@ pub(crate) struct Opened {
     pub(crate) flight: InFlight,
     /// The canary this answer counts for or against.
     pub(crate) canary: Option<(Arc<Canary>, bool)>,
+    pub(crate) hop: Hop,
     _permit: Permit,
 }
 
@@ -262,7 +264,8 @@ impl Attempts<'_> {
         wait: bool,
         hedge: bool,
     ) -> Result<Opened, UpstreamError> {
-        let began = Instant::now();
+        let mut hop = Hop::begin(&target.node, &target.model, self.ask.endpoint.path(), hedge);
+        let began = hop.began;
         // Only the prefix-affine policy weighs blocks.
         let new = if stage.blocks.is_empty() { 0 } else { stage.route.new_blocks(self.ask, target, &stage.blocks) };
         let mut flight = InFlight::new(&target.load, new);
@@ -287,7 +290,7 @@ impl Attempts<'_> {
                 }
             }
         };
-        match begun.await {
+        match hop.during(begun).await {
             Ok((stream, ready)) => {
                 target.node.health.answering();
                 self.note(target, began, "answered".into(), hedge);
@@ -298,10 +301,12 @@ impl Attempts<'_> {
                     stream,
                     flight,
                     canary: None,
+                    hop,
                     _permit: permit,
                 })
             }
             Err(e) => {
+                hop.failed(&e);
                 target.node.health.failure(&e, Instant::now());
                 self.app.metrics.upstream_error(&target.node.name, e.class());
                 self.note(target, began, e.to_string(), hedge);

@@ -45,6 +45,8 @@ pub struct Config {
     pub encoder: Option<EncoderSettings>,
     /// Limits of the server; what is left out keeps the command line's.
     pub server: ServerSettings,
+    /// Traces and metrics to a collector.
+    pub telemetry: TelemetrySettings,
     /// Retries of all models together.
     pub retry: RetrySettings,
     /// Who answers, by name.
@@ -71,6 +73,72 @@ pub struct ServerSettings {
     /// Seconds for a whole answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub request_timeout_s: Option<f64>,
+    /// Seconds in which a server that is told to stop still takes requests, while
+    /// /health says that it is draining. Left out: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drain_s: Option<f64>,
+    /// Seconds answers in flight get to finish after that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grace_s: Option<f64>,
+    /// The certificate chain for TLS, a PEM file. Left out: no TLS.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its private key, a PEM file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_key: Option<PathBuf>,
+}
+
+/// `[telemetry]`: spans and metrics by OTLP over HTTP. The standard
+/// `OTEL_EXPORTER_OTLP_…` variables fill in what is left out here.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TelemetrySettings {
+    /// The collector, e.g. `http://10.0.0.9:4318`. Left out: nothing is sent,
+    /// unless a variable names one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub otlp_endpoint: Option<String>,
+    /// More roots of trust for TLS, a PEM file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// Who says it is sending. Left out: `ashlar-gateway`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub service_name: Option<String>,
+    /// Send spans.
+    pub traces: bool,
+    /// Send metrics.
+    pub metrics: bool,
+    /// Probability of a request without a trace of its own to be recorded; one
+    /// that brings a trace is recorded when its client records it.
+    pub sample: f64,
+    /// Put prompts and answers into spans.
+    pub contents: bool,
+    /// Spans that may wait; more are dropped, and counted.
+    pub queue: usize,
+    /// Seconds between two reports of metrics.
+    pub interval_s: f64,
+    /// Seconds for the collector's answer.
+    pub timeout_s: f64,
+    /// Headers sent along, none of them secret: those come from
+    /// `OTEL_EXPORTER_OTLP_HEADERS`.
+    pub headers: BTreeMap<String, String>,
+}
+
+impl Default for TelemetrySettings {
+    fn default() -> Self {
+        Self {
+            otlp_endpoint: None,
+            ca_file: None,
+            service_name: None,
+            traces: true,
+            metrics: true,
+            sample: 1.0,
+            contents: false,
+            queue: 2048,
+            interval_s: 60.0,
+            timeout_s: 10.0,
+            headers: BTreeMap::new(),
+        }
+    }
 }
 
 /// `[encoder]`. Opened when the server starts; a change of it is refused until

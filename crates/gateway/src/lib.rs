@@ -44,6 +44,7 @@ mod head;
 mod health;
 mod intake;
 mod ledger;
+mod listener;
 mod machine;
 mod metrics;
 mod node;
@@ -56,12 +57,15 @@ mod server;
 mod session;
 mod signin;
 mod table;
+mod telemetry;
+mod tls;
 mod upstream;
+mod watch;
 
 pub use app::{GatewayConfig, GatewayState, Rank, Served};
 pub use config::{
     AccountsSettings, BackendSettings, CanarySettings, Config, ConfigError, EncoderSettings, ModelSettings, Policy, QualitySettings, RetrySettings, RuleSettings,
-    ServerSettings, TargetSettings, TaskSettings,
+    ServerSettings, TargetSettings, TaskSettings, TelemetrySettings,
 };
 pub use embed::{Embed, EncoderId, EncoderInfo};
 pub use head::{Examples, Head, HeadError, HeadKind, Report};

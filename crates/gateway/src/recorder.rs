@@ -277,7 +277,7 @@ impl Recorder {
         self.answer.push_str(text);
         self.live.tokens.fetch_add(tokens, Relaxed);
         match self.last {
-            Some(last) => self.app.metrics.token_gap((now - last).as_secs_f64()),
+            Some(last) => self.app.metrics.token_gap(&self.live.model, self.live.endpoint, (now - last).as_secs_f64()),
             None => {
                 self.first_token = Some(now);
                 let us = (now - self.live.arrived).as_micros();
@@ -381,7 +381,7 @@ impl Recorder {
             ttft_s: ttft.map(|d| d.as_secs_f64()),
             total_s: total.as_secs_f64(),
             refusal,
-            cost: amount(&cost),
+            cost: amount(&cost).zip(cost.currency.as_deref()),
             estimated: tokens.estimated,
         });
         let answer = std::mem::take(&mut self.answer);
@@ -504,6 +504,7 @@ pub(crate) fn record_left(app: &App) {
             refusal: row.refusal,
             answer: None,
             error: row.error,
+            guard: None,
         };
         let admission = Admission {
             id: row.id.clone(),

@@ -1,8 +1,10 @@
 //! The router and its life: bind, serve, stop.
 //!
-//! Stopping has two phases: new connections are refused and answers in flight
-//! may finish for the configured grace; then they are cut off and settle as
-//! cancelled. [`serve`] returns only when every settlement is written.
+//! Stopping has three phases. /health says that the server is draining while
+//! everything is still answered, so that load balancers take it out before anyone
+//! is refused; then new connections are refused and answers in flight may finish
+//! for the configured grace; then they are cut off and settle as cancelled.
+//! [`serve`] returns only when every settlement is written.
 
 use crate::{
     app::{App, GatewayState},
@@ -14,6 +16,7 @@ use crate::{
     error::{Failure, refuse},
     guard, intake,
     ledger::Ledger,
+    listener::{self, Arrived, Connections},
     metrics::Metrics,
     node::Node,
     recorder::{self, LiveTable},
@@ -22,7 +25,10 @@ use crate::{
     session::Session,
     signin::{self, Sessions},
     table::{Table, Tables},
+    telemetry::{self, Collect, Telemetry},
+    tls::Tls,
     upstream::Dialect,
+    watch::Watch,
 };
 use ashlar_api::{ModelInfo, ModelList, ModelObject};
 use ashlar_store::PriceList;
@@ -33,13 +39,14 @@ use axum::{
     middleware::{self, Next},
     response::{IntoResponse as _, Response},
     routing::{get, post},
-    serve::ListenerExt as _,
 };
 use serde_json::json;
 use std::{
     net::SocketAddr,
-    pin::pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 use tokio::{
@@ -60,6 +67,8 @@ const LOOK: Duration = Duration::from_secs(1);
 /// # Errors
 /// What [`serve`] would refuse at its start.
 pub fn check(config: &Config) -> Result<(), ConfigError> {
+    Tls::new(&config.server)?;
+    telemetry::check(&config.telemetry)?;
     config.accounts.price_list()?;
     let servers = config.backends.iter().filter(|(_, b)| b.kind != Some(Dialect::Engine));
     servers.map(|(name, settings)| Node::server(name, settings)).try_for_each(|n| n.map(drop))
@@ -68,16 +77,15 @@ pub fn check(config: &Config) -> Result<(), ConfigError> {
 /// Serves `state` on `listener` until `shutdown` is ready, then stops in order.
 ///
 /// # Errors
-/// When the listener's address cannot be read, accepting fails, the
-/// configuration cannot be put to work (see [`check`]), keys are required and
-/// there are none, or usage was priced with another list of this version.
+/// When the listener's address cannot be read, the configuration cannot be put to
+/// work (see [`check`]), keys are required and there are none, or usage was priced
+/// with another list of this version.
 pub async fn serve(
     listener: TcpListener,
     mut state: GatewayState,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
     let listen = listener.local_addr()?;
-    let grace = state.config.grace;
     state.config.require_keys |= state.routing.accounts.require_keys;
     match (&state.accounts, &state.prices) {
         (None, _) if state.config.require_keys => {
@@ -96,6 +104,8 @@ pub async fn serve(
     tokio::spawn(writer);
     let (cut_off, stop) = watch::channel(false);
     let table = Table::build(&state, state.routing.clone(), None).map_err(std::io::Error::other)?;
+    let tls = Tls::new(&table.config.server).map_err(std::io::Error::other)?;
+    telemetry::check(&table.config.telemetry).map_err(std::io::Error::other)?;
     table.watch(None);
     let app = Arc::new(App {
         tables: Tables::new(table),
@@ -104,57 +114,70 @@ pub async fn serve(
         metrics,
         live: LiveTable::default(),
         decisions: Decisions::default(),
+        telemetry: Telemetry::default(),
+        tls: Arc::new(tls),
+        connections: Arc::new(Connections::default()),
+        draining: AtomicBool::new(false),
         sessions: Sessions::default(),
         guard: Arc::default(),
         stop,
     });
     recorder::record_left(&app);
-    let watching = watch_file(app.clone());
+    follow_telemetry(&app);
+    let watching = watch_files(app.clone());
     let burying = record_left(app.clone());
     let forgetting = guard::watch_takedowns(app.clone());
     let (fired, told) = oneshot::channel();
-    // A stream's pieces are small: waiting for an acknowledgement before the next
-    // one costs 40 ms each.
-    let listener = listener.tap_io(|socket| {
-        // A socket that is gone already fails at its first use.
-        let _ = socket.set_nodelay(true);
-    });
-    let server = axum::serve(listener, router(app.clone(), listen)).with_graceful_shutdown(async {
+    let stopping = app.clone();
+    let server = listener::serve(listener, router(app.clone(), listen), app.tls.clone(), app.connections.clone(), async move {
         shutdown.await;
+        stopping.draining.store(true, Relaxed);
+        tokio::time::sleep(stopping.tables.now().limits.drain).await;
         let _ = fired.send(());
     });
     let closing = async {
         // Never fired means that the server ended by itself first.
         if told.await.is_ok() {
-            tokio::time::sleep(grace).await;
+            tokio::time::sleep(app.tables.now().limits.grace).await;
             let _ = cut_off.send(true);
             tokio::time::sleep(CLOSING).await;
         } else {
             std::future::pending::<()>().await;
         }
     };
-    let mut server = pin!(server.into_future());
-    let result = tokio::select! {
-        result = &mut server => result,
-        () = closing => Ok(()),
+    tokio::select! {
+        () = server => {}
+        () = closing => {}
         never = watching => match never {},
         never = burying => match never {},
         never = forgetting => match never {},
-    };
+    }
+    app.telemetry.flush().await;
     if let Some(accounts) = accounts {
         // What cannot be written now is settled by the next to open them.
         let _ = accounts.flush().await;
     }
     app.ledger.flush().await;
-    result
+    Ok(())
 }
 
-/// Reads the configuration file again on SIGHUP, and when it is another than a
-/// second ago. Its bytes are compared, not its times: a mounted file that is a
-/// link to a folder that was exchanged has any time.
-async fn watch_file(app: Arc<App>) -> std::convert::Infallible {
-    let Some(path) = app.state.routing_file.clone() else { return std::future::pending().await };
-    let mut hangup = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()).ok();
+/// Sends telemetry as the configuration in force says.
+fn follow_telemetry(app: &Arc<App>) {
+    app.telemetry.follow(&app.tables.now().config.telemetry, || {
+        let app = Arc::downgrade(app);
+        let collect: Collect = Arc::new(move || app.upgrade().map(|app| app.metrics.collect(&app.gauges())));
+        collect
+    });
+}
+
+/// Reads the configuration file and the certificate again on SIGHUP, and when one
+/// is another than a second ago. Bytes are compared, not times: a mounted file that
+/// is a link to a folder that was exchanged has any time.
+async fn watch_files(app: Arc<App>) -> std::convert::Infallible {
+    // Without a file, a terminal that goes away ends the server, as it does others.
+    let wanted = app.state.routing_file.is_some();
+    let hangup = || tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()).ok();
+    let mut hangup = wanted.then(hangup).flatten();
     loop {
         let told = async {
             match &mut hangup {
@@ -162,9 +185,13 @@ async fn watch_file(app: Arc<App>) -> std::convert::Infallible {
                 None => std::future::pending().await,
             }
         };
-        // Either way the file is read.
+        // Either way the files are read.
         let _ = tokio::time::timeout(LOOK, told).await;
-        app.tables.read(&app.state, &path).await;
+        if let Some(path) = &app.state.routing_file {
+            app.tables.read(&app.state, path).await;
+        }
+        app.tls.follow(&app.tables.now().config.server);
+        follow_telemetry(&app);
     }
 }
 
@@ -185,6 +212,7 @@ fn router(app: Arc<App>, listen: SocketAddr) -> Router {
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
         .route("/health", get(health))
+        .route("/livez", get(|| async { "ok" }))
         .route("/metrics", get(metrics));
     let config = &app.state.config;
     if listen.ip().is_loopback() || config.open_console || config.require_keys {
@@ -206,11 +234,20 @@ async fn gate(
     next: Next,
 ) -> Response {
     let checked = intake::check_host(&app.state.config, listen, request.headers(), request.uri());
-    let mut response = match checked {
-        Ok(()) => next.run(request).await,
-        Err(e) => Failure::from(e).into_response(),
+    let watch = Watch::begin(&app, listen, &request);
+    let mut response = match (checked, &watch) {
+        (Ok(()), Some(watch)) => watch.during(next.run(request)).await,
+        (Ok(()), None) => next.run(request).await,
+        (Err(e), _) => Failure::from(e).into_response(),
     };
     let status = response.status();
+    if let Some(watch) = watch {
+        watch.answered(status.as_u16());
+    }
+    if app.draining.load(Relaxed) {
+        // A connection that is kept would go on being used.
+        response.headers_mut().insert(header::CONNECTION, axum::http::HeaderValue::from_static("close"));
+    }
     let admitted = response.headers().contains_key(RESPONSE_ID);
     if !admitted && (status.is_client_error() || status.is_server_error()) {
         app.metrics.rejected(status.as_u16());
@@ -226,7 +263,7 @@ async fn gate(
 
 async fn no_route(method: Method, uri: Uri) -> Failure {
     let path: String = uri.path().chars().take(100).collect();
-    let message = format!("no route {method} {path}; see /v1/models, /v1/chat/completions, /v1/completions, /v1/moderations, /health, /metrics");
+    let message = format!("no route {method} {path}; see /v1/models, /v1/chat/completions, /v1/completions, /v1/moderations, /health, /livez, /metrics");
     refuse(404, "not_found", message).into()
 }
 
@@ -246,11 +283,12 @@ async fn complete(State(app): Shared, request: Request) -> Result<Response, Fail
 
 /// The one path of every completion endpoint.
 async fn run(app: &Arc<App>, endpoint: Endpoint, request: Request) -> Result<Response, Failure> {
-    let arrived = Instant::now();
+    let arrived = Arrived::of(&request);
     let (parts, body) = request.into_parts();
     let table = app.tables.now();
     let caller = Caller::of(app, &parts.headers)?;
     let body = intake::read_body(&table.limits, &parts.headers, body).await?;
+    crate::watch::read_to_its_end();
     let ask = Ask::read(endpoint, parts.headers, body, arrived)?;
     let route = caller.route(app, &table, &ask.model)?;
     let ask = caller.narrow(ask, &route)?;
@@ -296,7 +334,9 @@ async fn model(State(app): Shared, headers: HeaderMap, Path(id): Path<String>) -
     Ok(Json(model.into()))
 }
 
-/// 200 while at least one backend can serve and the ledger takes entries; a
+/// 200 while at least one backend can serve and the ledger takes entries and no one
+/// told the server to stop: whether to send requests here. Whether the process
+/// lives is /livez's to say. A
 /// configuration file that was refused is told of, and is no reason to be
 /// replaced.
 async fn health(State(app): Shared) -> Response {
@@ -307,16 +347,19 @@ async fn health(State(app): Shared) -> Response {
         table.nodes.iter().map(|n| json!({"name": n.name, "kind": n.dialect, "unhealthy": unhealthy(n)})).collect();
     let serving = backends.iter().any(|b| b["unhealthy"].is_null());
     let ledger = app.state.store.responses(1).await;
-    let ok = serving && ledger.is_ok();
+    let draining = app.draining.load(Relaxed);
+    let ok = serving && ledger.is_ok() && !draining;
     let status = if ok {
         StatusCode::OK
     } else {
         StatusCode::SERVICE_UNAVAILABLE
     };
     let body = json!({
-        "status": if ok { "ok" } else { "unavailable" },
+        "status": if draining { "draining" } else if ok { "ok" } else { "unavailable" },
         "backends": backends,
         "config_error": app.tables.file().error,
+        "tls_error": app.tls.state().error,
+        "telemetry_error": app.telemetry.error(),
         "ledger": ledger.err().map(|e| e.to_string()),
     });
     (status, Json(body)).into_response()
@@ -324,6 +367,6 @@ async fn health(State(app): Shared) -> Response {
 
 async fn metrics(State(app): Shared) -> Response {
     let kind = "text/plain; version=0.0.4; charset=utf-8";
-    let page = app.metrics.render(app.gauges());
+    let page = app.metrics.render(&app.gauges());
     ([(header::CONTENT_TYPE, kind)], page).into_response()
 }

@@ -15,6 +15,7 @@ use crate::{
     route::{Canary, InFlight, Seen, Target},
     table::{Plan, Table},
     upstream::{Dialect, End, Piece, Pieces, Tokens, UpstreamError},
+    watch::Observed,
 };
 use ashlar_api::{ApiError, Finish};
 use futures::StreamExt as _;
@@ -24,6 +25,7 @@ use tokio::{sync::watch, time::Instant};
 /// An admitted request whose pieces are being read.
 pub(crate) struct Session {
     recorder: Recorder,
+    seen: Observed,
     /// The model that answers, as clients see it.
     model: String,
     target: Option<Arc<Target>>,
@@ -86,10 +88,12 @@ impl Session {
             reservation: entered.reservation.take(),
             guard: guarded.log(),
         };
+        let seen = Observed::begin(app, ask, &id, &model, &first.node.name);
         let recorder = Recorder::admit(app.clone(), intake);
         let timeout = table.limits.request_timeout;
         let mut session = Self {
             recorder,
+            seen,
             model: model.clone(),
             target: None,
             flight: None,
@@ -129,7 +133,8 @@ impl Session {
     }
 
     async fn take(&mut self, opened: Opened) -> Result<(), ApiError> {
-        let Opened { target, model, ready, stream, flight, canary, .. } = opened;
+        let Opened { target, model, ready, stream, flight, canary, hop, .. } = opened;
+        self.seen.taken(hop, &model, &target.node.name);
         self.recorder.sent_to(&target, &model, target.node.dialect != Dialect::Engine);
         (self.model, self.pieces, self.flight) = (model, Some(stream), Some(flight));
         (self.target, self.canary) = (Some(target), canary);
@@ -199,8 +204,13 @@ impl Session {
     }
 
     async fn note(&mut self, piece: &Piece, at: std::time::Instant) {
-        self.recorder.note(piece, at).await;
+        // As of now: what came before the admission was written waited for it.
+        self.recorder.note(piece, std::time::Instant::now()).await;
+        self.seen.piece(piece, at);
         if let Piece::Done(end) = piece {
+            if self.recorder.refused() {
+                self.seen.refused();
+            }
             if let Some(target) = &self.target {
                 target.load.answered(end.tokens.completion());
                 target.node.health.success();
@@ -236,6 +246,7 @@ impl Session {
                 if let Some(target) = &target {
                     target.node.health.failure(&e, std::time::Instant::now());
                     self.recorder.upstream_error(&target.node.name, e.class());
+                    self.seen.upstream_failed(&e);
                 }
                 if let Some((canary, drawn)) = self.canary.as_ref().filter(|_| e.unhealthy()) {
                     canary.seen(*drawn, Seen::Failed);
@@ -261,6 +272,7 @@ impl Session {
         let error = match result {
             Outcome::Done(value) => return Ok(value),
             Outcome::Failed(error) => {
+                self.seen.failed(&error);
                 self.recorder.fail(&error.message).await;
                 error
             }

@@ -80,6 +80,8 @@ impl Table {
         limits.max_body_bytes = server.max_body_bytes.unwrap_or(limits.max_body_bytes);
         limits.max_in_flight = server.max_in_flight.unwrap_or(limits.max_in_flight);
         limits.body_timeout = server.body_timeout_s.map_or(limits.body_timeout, Duration::from_secs_f64);
+        limits.drain = server.drain_s.map_or(limits.drain, Duration::from_secs_f64);
+        limits.grace = server.grace_s.map_or(limits.grace, Duration::from_secs_f64);
         limits.request_timeout = server.request_timeout_s.map_or(limits.request_timeout, Duration::from_secs_f64);
         if old.is_some_and(|t| t.config.encoder != config.encoder) {
             return Err(ConfigError::Invalid {
@@ -180,6 +182,12 @@ impl Table {
     /// All configured targets with their routes.
     pub(crate) fn targets(&self) -> impl Iterator<Item = (&Arc<Route>, &Arc<Target>)> {
         self.routes.values().flat_map(|r| r.targets.iter().map(move |t| (r, t)))
+    }
+
+    /// Requests the backend of this name is answering.
+    pub(crate) fn in_flight(&self, backend: &str) -> u64 {
+        let loads = self.loads.lock().unwrap_or_else(PoisonError::into_inner);
+        loads.iter().filter(|((b, _), _)| b == backend).map(|(_, l)| u64::from(l.in_flight())).sum()
     }
 
     /// Names of models beside their ids.

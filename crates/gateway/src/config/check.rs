@@ -3,7 +3,7 @@
 
 use super::{Config, ConfigError, ModelSettings};
 use crate::upstream::Dialect;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 impl Config {
     pub(super) fn check(&self) -> Result<(), ConfigError> {
@@ -31,9 +31,7 @@ impl Config {
             if b.api_key_env.is_some() && b.api_key_file.is_some() {
                 return invalid(at("api_key_file"), "api_key_env is given too: give one".into());
             }
-            if let Some(secret) = b.headers.keys().find(|h| {
-                ["authorization", "x-api-key", "api-key", "proxy-authorization", "cookie"].contains(&h.to_ascii_lowercase().as_str())
-            }) {
+            if let Some(secret) = secret_header(&b.headers) {
                 return invalid(at("headers"), format!("{secret} holds a secret: use api_key_env or api_key_file"));
             }
             for (key, seconds) in [
@@ -76,6 +74,8 @@ impl Config {
             }
         }
         self.guard.check()?;
+        self.check_server()?;
+        self.check_telemetry()?;
         let mut names: BTreeSet<&str> = self.models.keys().map(String::as_str).collect();
         for (name, m) in &self.models {
             for alias in &m.aliases {
@@ -88,6 +88,36 @@ impl Config {
             self.check_model(name, m)?;
         }
         Ok(())
+    }
+
+    fn check_server(&self) -> Result<(), ConfigError> {
+        let s = &self.server;
+        for (key, n) in [("drain_s", s.drain_s), ("grace_s", s.grace_s)] {
+            if let Some(n) = n.filter(|n| !(0.0..=1e5).contains(n)) {
+                return Err(ConfigError::Invalid { path: format!("server.{key}"), why: format!("it must be between 0 and 100000, got {n}") });
+            }
+        }
+        match (&s.tls_cert, &s.tls_key) {
+            (Some(_), None) => Err(ConfigError::Invalid { path: "server.tls_key".into(), why: "it is missing, and tls_cert is given".into() }),
+            (None, Some(_)) => Err(ConfigError::Invalid { path: "server.tls_cert".into(), why: "it is missing, and tls_key is given".into() }),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_telemetry(&self) -> Result<(), ConfigError> {
+        let t = &self.telemetry;
+        let invalid = |key: &str, why: String| Err(ConfigError::Invalid { path: format!("telemetry.{key}"), why });
+        if let Some(secret) = secret_header(&t.headers) {
+            return invalid("headers", format!("{secret} holds a secret: put it into OTEL_EXPORTER_OTLP_HEADERS"));
+        }
+        if !(0.0..=1.0).contains(&t.sample) {
+            return invalid("sample", format!("it is a probability, got {}", t.sample));
+        }
+        if !(1..=1 << 20).contains(&t.queue) {
+            return invalid("queue", format!("it must be between 1 and {}, got {}", 1 << 20, t.queue));
+        }
+        positive("telemetry.interval_s", t.interval_s)?;
+        positive("telemetry.timeout_s", t.timeout_s)
     }
 
     fn check_model(&self, name: &str, m: &ModelSettings) -> Result<(), ConfigError> {
@@ -155,6 +185,12 @@ impl Config {
         }
         Ok(())
     }
+}
+
+/// A header of `headers` that is known to hold a secret.
+fn secret_header(headers: &BTreeMap<String, String>) -> Option<&String> {
+    let secret = ["authorization", "x-api-key", "api-key", "proxy-authorization", "cookie"];
+    headers.keys().find(|h| secret.contains(&h.to_ascii_lowercase().as_str()))
 }
 
 fn positive(path: &str, n: f64) -> Result<(), ConfigError> {
@@ -257,6 +293,11 @@ mod tests {
             ("fallback = [\"g\"]", "fallback = [\"f\"]", "models.m.fallback[0]: there is no other model \"g\""),
             ("fallback = [\"m\"]", "fallback = [\"f\"]", "models.m.fallback[0]"),
             ("use = [\"c\"]", "use = [\"b\"]", "models.m.rules[0].use"),
+            ("[server]\ntls_cert = \"c.pem\"\n[backends.a]", "[backends.a]", "server.tls_key: it is missing"),
+            ("[server]\ngrace_s = -1\n[backends.a]", "[backends.a]", "server.grace_s"),
+            ("[telemetry]\nsample = 2\n[backends.a]", "[backends.a]", "telemetry.sample: it is a probability"),
+            ("[telemetry]\nheaders = { Authorization = \"x\" }\n[backends.a]", "[backends.a]", "OTEL_EXPORTER_OTLP_HEADERS"),
+            ("[telemetry]\notlp_endpont = \"http://c\"\n[backends.a]", "[backends.a]", "did you mean \"otlp_endpoint\""),
             ("regex = \"(\"", "min_bytes = 10", "models.m.rules[0].regex"),
             ("aliases = [\"f\"]", "aliases = [\"n\"]", "models.m.aliases"),
             ("probe_timeout_s = -1", "url = \"http://a/v1\"", "backends.a.url"),

@@ -205,6 +205,7 @@ impl Link {
             why: format!("{uri:?} is no address: {e}"),
         })?;
         *request.headers_mut() = self.headers.clone();
+        crate::watch::carry(request.headers_mut());
         let response = match timeout_at(deadline, self.client.request(request)).await {
             Ok(Ok(response)) => response,
             Ok(Err(e)) => return Err(self.connect_error(&e)),

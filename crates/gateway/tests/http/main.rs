@@ -4,12 +4,15 @@
 #[path = "../../../store/tests/accounts/databases.rs"]
 #[allow(dead_code, unreachable_pub, unused_imports, unused_macros)]
 mod databases;
+mod deploy;
 mod door;
 mod guard;
 mod mock;
 mod peers;
 mod settling;
 mod support;
+mod telemetry;
+mod tls;
 mod upstreams;
 
 use ashlar_core::Decimal;
@@ -118,9 +121,9 @@ async fn a_client_that_leaves_settles_once_as_cancelled() {
         assert_eq!(server.get("/ashlar/live").await.json()["requests"], json!([]));
     }
     let page = server.get("/metrics").await.body;
-    let key = "ashlar_request_success_total{model_name=\"fake-1\",endpoint=\"/v1/chat/completions\",finished_reason=\"cancelled\"}";
+    let key = "ashlar:request_success_total{model_name=\"fake-1\",endpoint=\"/v1/chat/completions\",finished_reason=\"cancelled\"}";
     assert_eq!(value(&page, key), 3.0);
-    assert_eq!(value(&page, "ashlar_ledger_errors_total"), 0.0, "no second settlement");
+    assert_eq!(value(&page, "ashlar:ledger_errors_total"), 0.0, "no second settlement");
     server.stop().await;
 }
 
@@ -167,7 +170,7 @@ async fn failures_are_settled_as_errors() {
         assert_eq!((&*s.finish, s.error.unwrap().contains(says)), ("error", true));
     }
     let page = server.get("/metrics").await.body;
-    assert_eq!(value(&page, "ashlar_ledger_errors_total"), 0.0);
+    assert_eq!(value(&page, "ashlar:ledger_errors_total"), 0.0);
     server.stop().await;
 }
 
@@ -237,7 +240,7 @@ async fn errors_are_json_and_say_what_is_wrong() {
     drop(part);
     assert_eq!(server.get("/health").await.status, 200);
     let page = server.get("/metrics").await.body;
-    assert_eq!(value(&page, "ashlar_request_rejected_total{status=\"415\"}"), 2.0);
+    assert_eq!(value(&page, "ashlar:request_rejected_total{status=\"415\"}"), 2.0);
     server.stop().await;
 }
 
@@ -268,6 +271,14 @@ fn value(page: &str, series: &str) -> f64 {
     hits[0].parse().unwrap()
 }
 
+/// The sum of a name's series, of which there must be some.
+fn total(page: &str, name: &str) -> f64 {
+    let series = page.lines().filter(|l| l.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])));
+    let values: Vec<f64> = series.map(|l| l.rsplit_once(' ').unwrap().1.parse().unwrap()).collect();
+    assert!(!values.is_empty(), "{name} in\n{page}");
+    values.iter().sum()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn metrics_parse_and_add_up() {
     let server = Server::start().await;
@@ -291,17 +302,17 @@ async fn metrics_parse_and_add_up() {
             assert!(known, "{name} has no TYPE");
         }
     }
-    let tokens = value(&page, "ashlar_generation_tokens_total");
+    let tokens = value(&page, "ashlar:generation_tokens_total{model_name=\"fake-1\"}");
     assert!(tokens > 20.0);
-    assert_eq!(value(&page, "ashlar_prompt_tokens_total"), 2.0);
-    assert_eq!(value(&page, "ashlar_prefix_cache_hits_total"), 2.0);
-    assert_eq!(value(&page, "ashlar_time_to_first_token_seconds_count"), 2.0);
-    assert_eq!(value(&page, "ashlar_inter_token_latency_seconds_count"), tokens - 2.0);
-    assert_eq!(value(&page, "ashlar_e2e_request_latency_seconds_bucket{le=\"+Inf\"}"), 2.0);
-    assert_eq!(value(&page, "ashlar_num_requests_waiting"), 2.0);
-    assert_eq!(value(&page, "ashlar_kv_cache_blocks_used"), 3.0);
-    assert_eq!(value(&page, "ashlar_kv_cache_usage_perc"), 0.375);
-    let cost = value(&page, "ashlar_cost_total");
+    assert_eq!(value(&page, "ashlar:prompt_tokens_total{model_name=\"fake-1\"}"), 2.0);
+    assert_eq!(value(&page, "ashlar:prefix_cache_hits_total{model_name=\"fake-1\"}"), 2.0);
+    assert_eq!(value(&page, "ashlar:time_to_first_token_seconds_count{model_name=\"fake-1\",endpoint=\"/v1/chat/completions\"}"), 2.0);
+    assert_eq!(value(&page, "ashlar:inter_token_latency_seconds_count{model_name=\"fake-1\",endpoint=\"/v1/chat/completions\"}"), tokens - 2.0);
+    assert_eq!(value(&page, "ashlar:e2e_request_latency_seconds_bucket{model_name=\"fake-1\",endpoint=\"/v1/chat/completions\",le=\"+Inf\"}"), 2.0);
+    assert_eq!(value(&page, "ashlar:num_requests_waiting"), 2.0);
+    assert_eq!(value(&page, "ashlar:kv_cache_blocks_used"), 3.0);
+    assert_eq!(value(&page, "ashlar:kv_cache_usage_perc"), 0.375);
+    let cost = total(&page, "ashlar:cost_total");
     assert!((cost - (2.0 * 0.5 + 2.0 * tokens) / 1000.0).abs() < 1e-9, "{cost}");
     server.stop().await;
 }

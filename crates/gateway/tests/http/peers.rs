@@ -15,7 +15,7 @@ pub(crate) fn skip(what: &str) {
     eprintln!("skipped: {what} is absent");
 }
 
-fn script(name: &str) -> String {
+pub(crate) fn script(name: &str) -> String {
     format!("{}/../../xtask/peers/{name}", env!("CARGO_MANIFEST_DIR"))
 }
 

@@ -13,7 +13,7 @@ use std::{
     net::SocketAddr,
     path::Path,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering::SeqCst},
     },
     time::Duration,
@@ -162,7 +162,7 @@ pub(crate) struct Server {
     pub(crate) store: Store,
     pub(crate) release: String,
     pub(crate) dropped: Arc<AtomicUsize>,
-    stop: oneshot::Sender<()>,
+    stop: Mutex<Option<oneshot::Sender<()>>>,
     task: JoinHandle<std::io::Result<()>>,
     _home: tempfile::TempDir,
 }
@@ -212,11 +212,18 @@ impl Server {
         let task = tokio::spawn(ashlar_gateway::serve(listener, state, async {
             let _ = stopped.await;
         }));
-        Self { at, store, release, dropped, stop, task, _home: home }
+        Self { at, store, release, dropped, stop: Mutex::new(Some(stop)), task, _home: home }
+    }
+
+    /// Tells it to stop, and does not wait.
+    pub(crate) fn tell_to_stop(&self) {
+        if let Some(stop) = self.stop.lock().unwrap().take() {
+            stop.send(()).unwrap();
+        }
     }
 
     pub(crate) async fn stop(self) -> Store {
-        self.stop.send(()).unwrap();
+        self.tell_to_stop();
         tokio::time::timeout(Duration::from_secs(10), self.task).await.unwrap().unwrap().unwrap();
         self.store
     }
@@ -296,7 +303,7 @@ pub(crate) struct Reply {
 }
 
 impl Reply {
-    fn parse(bytes: &[u8]) -> Self {
+    pub(crate) fn parse(bytes: &[u8]) -> Self {
         let split = bytes.windows(4).position(|w| w == b"\r\n\r\n").expect("a whole head");
         let head = std::str::from_utf8(&bytes[..split]).unwrap();
         let mut lines = head.split("\r\n");

@@ -4,7 +4,7 @@ use crate::{
     mock::{Mock, TOKENS, converse, usage},
     peers::skip,
     support::{MODEL, Reply, Server},
-    value,
+    total, value,
 };
 use serde_json::{Value, json};
 use std::{
@@ -141,7 +141,7 @@ async fn every_fault_has_its_error_and_settles_once() {
         ("429", false, 429, "upstream_rate_limited", "answered 429: slow down"),
     ];
     let settled = |page: &str| -> f64 {
-        let lines = page.lines().filter(|l| l.starts_with("ashlar_request_success_total{"));
+        let lines = page.lines().filter(|l| l.starts_with("ashlar:request_success_total{"));
         lines.map(|l| l.rsplit_once(' ').unwrap().1.parse::<f64>().unwrap()).sum()
     };
     for (model, stream, status, code, says) in table {
@@ -172,9 +172,9 @@ async fn every_fault_has_its_error_and_settles_once() {
     assert_eq!((resting.status, resting.header("retry-after")), (503, Some("7")), "{resting:?}");
     let page = server.get("/metrics").await.body;
     assert_eq!(settled(&page), 2.0 * table.len() as f64);
-    assert_eq!(value(&page, "ashlar_ledger_errors_total"), 0.0, "none settled twice");
-    assert_eq!(value(&page, "ashlar_num_responses_in_flight"), 0.0);
-    assert_eq!(value(&page, "ashlar_backend_attempt_errors_total{backend=\"reset\",error=\"closed\"}"), 2.0);
+    assert_eq!(value(&page, "ashlar:ledger_errors_total"), 0.0, "none settled twice");
+    assert_eq!(value(&page, "ashlar:num_responses_in_flight"), 0.0);
+    assert_eq!(value(&page, "ashlar:backend_attempt_errors_total{backend=\"reset\",error=\"closed\"}"), 2.0);
     let rows = server.store.responses(500).await.unwrap();
     assert_eq!(rows.len(), 2 * table.len());
     assert!(rows.iter().all(|r| r.settlement.is_some()));
@@ -199,7 +199,7 @@ async fn what_no_one_counted_is_estimated_and_marked() {
     with_usage["stream_options"] = json!({"include_usage": true});
     let got = chunks(&server.post(CHAT, &with_usage).await);
     assert_eq!(got.last().unwrap()["usage"]["estimated"], true, "who asked is told, and told how sure it is");
-    assert_eq!(value(&server.get("/metrics").await.body, "ashlar_usage_estimated_total"), 5.0);
+    assert_eq!(total(&server.get("/metrics").await.body, "ashlar:usage_estimated_total"), 5.0);
     server.stop().await;
 }
 
@@ -265,9 +265,9 @@ async fn a_failure_goes_to_the_next_and_opens_the_circuit() {
         assert_eq!((&stage["policy"], request["route"]["tokens"]["cache_read"].as_u64()), (&json!("ordered"), Some(5)));
     }
     let page = server.get("/metrics").await.body;
-    assert_eq!(value(&page, "ashlar_backend_circuit{backend=\"a\"}"), 2.0);
-    assert_eq!(value(&page, "ashlar_backend_available{backend=\"b\"}"), 1.0);
-    assert_eq!(value(&page, "ashlar_retries_total{kind=\"retry\"}"), 3.0);
+    assert_eq!(value(&page, "ashlar:backend_circuit{backend=\"a\"}"), 2.0);
+    assert_eq!(value(&page, "ashlar:backend_available{backend=\"b\"}"), 1.0);
+    assert_eq!(value(&page, "ashlar:retries_total{kind=\"retry\"}"), 3.0);
     let seen = server.get("/ashlar/backends").await.json();
     let a = seen["backends"].as_array().unwrap().iter().find(|b| b["name"] == "a").unwrap().clone();
     assert_eq!((&a["circuit"], &a["errors"]), (&json!("open"), &json!(3)));
@@ -305,7 +305,7 @@ async fn retries_stay_within_the_budget() {
         assert_eq!(ask(&server, "m", false).await.status, 502);
     }
     assert_eq!(mock.asked(), 5, "four requests and the one retry saved up");
-    assert!(value(&server.get("/metrics").await.body, "ashlar_retries_total{kind=\"budget\"}") >= 3.0);
+    assert!(value(&server.get("/metrics").await.body, "ashlar:retries_total{kind=\"budget\"}") >= 3.0);
     server.stop().await;
 }
 
@@ -420,19 +420,19 @@ async fn a_new_file_is_taken_up_and_a_bad_one_is_not() {
     };
     // The stream's backend is gone from the new file; the stream is not.
     std::fs::write(&path, config(&mock, &["good", "new"])).unwrap();
-    wait("new file", &|_, page| value(page, "ashlar_config_reloads_total") == 1.0).await;
+    wait("new file", &|_, page| value(page, "ashlar:config_reloads_total") == 1.0).await;
     assert_eq!(ask(&server, "new", false).await.status, 200);
     assert_eq!(ask(&server, "drip", false).await.status, 404);
     running.read_exact(&mut some).await.unwrap();
 
     std::fs::write(&path, "[models.new]\ntragets = []").unwrap();
     wait("bad file", &|health, page| {
-        health["config_error"].as_str().is_some_and(|e| e.contains("did you mean \"targets\"")) && value(page, "ashlar_config_valid") == 0.0
+        health["config_error"].as_str().is_some_and(|e| e.contains("did you mean \"targets\"")) && value(page, "ashlar:config_valid") == 0.0
     })
     .await;
     assert_eq!(ask(&server, "new", false).await.status, 200, "the old one stays in force");
     std::fs::write(&path, config(&mock, &["good", "new"])).unwrap();
-    wait("mended file", &|health, page| health["config_error"].is_null() && value(page, "ashlar_config_valid") == 1.0).await;
+    wait("mended file", &|health, page| health["config_error"].is_null() && value(page, "ashlar:config_valid") == 1.0).await;
     drop(running);
     server.stop().await;
 }
@@ -556,7 +556,7 @@ async fn a_canary_that_fails_is_taken_back_and_no_client_notices() {
         }
     }
     assert!(seen["rolled_back"].as_str().unwrap().contains("failures"), "{seen}");
-    assert_eq!(value(&server.get("/metrics").await.body, "ashlar_canary_rolled_back{model_name=\"m\"}"), 1.0);
+    assert_eq!(value(&server.get("/metrics").await.body, "ashlar:canary_rolled_back{model_name=\"m\"}"), 1.0);
     let before = mock.state.seen.lock().unwrap().iter().filter(|s| s.body["model"] == "500").count();
     for _ in 0..20 {
         assert_eq!(ask(&server, "m", false).await.status, 200);
