@@ -19,7 +19,7 @@ const DAY_MS: i64 = 86_400_000;
 #[derive(Debug, Clone, Args)]
 pub(crate) struct AccountsArg {
     /// The gateway's file, whose [accounts] names the database [default: accounts.db in the home folder].
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", global = true)]
     config: Option<PathBuf>,
 }
 

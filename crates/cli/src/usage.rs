@@ -43,8 +43,9 @@ pub(crate) struct UsageArgs {
 fn day(text: &str) -> Result<i64, String> {
     let wrong = || format!("{text:?} is no day such as 2026-11-01");
     let parts: Vec<i64> = text.split('-').map(|p| p.parse().ok()).collect::<Option<_>>().ok_or_else(wrong)?;
-    let &[year, month, day] = &*parts else { return Err(wrong()) };
+    let &[year @ 1970..=9999, month @ 1..=12, day @ 1..=31] = &*parts else { return Err(wrong()) };
     let days = clock::days(year, month, day);
+    // The 31st of February is a day of March.
     if clock::civil(days) != (year, month, day) {
         return Err(wrong());
     }

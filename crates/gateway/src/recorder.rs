@@ -210,8 +210,7 @@ impl Recorder {
     /// Waits until the admission is written.
     ///
     /// # Errors
-    /// When it is not taken; there is nothing to settle then but, with accounts,
-    /// the response, which says so.
+    /// When it is not taken; there is nothing to settle then.
     pub(crate) async fn admitted(&mut self) -> Result<(), String> {
         if let Some(word) = self.admitted.take() {
             let gone = |_| Err(StoreError::Task("the ledger's writer has ended".into()));
@@ -223,8 +222,7 @@ impl Recorder {
         if let Some(reservation) = &mut self.reservation
             && let Err(e) = reservation.durable().await
         {
-            self.reservation = None;
-            self.fail(&e.to_string()).await;
+            (self.open, self.reservation) = (false, None);
             return Err(e.to_string());
         }
         Ok(())
