@@ -208,7 +208,7 @@ async fn start_all(
     Ok(Server { address, models, plans, stop, task })
 }
 
-fn read_config(path: &Path) -> Result<Config> {
+pub(crate) fn read_config(path: &Path) -> Result<Config> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     Config::parse(&text).with_context(|| path.display().to_string())
 }
