@@ -3,10 +3,12 @@
 //! Stages never import each other; this crate strings them together. It is the
 //! only one with `anyhow`: below it, errors are typed.
 
+mod abuse;
 mod bench;
 mod chat;
 mod doctor;
 mod encoder;
+mod guard;
 mod keys;
 mod out;
 mod recipe;
@@ -107,6 +109,16 @@ enum Verb {
     },
     /// Show what was used and what it cost, or export it.
     Usage(usage::UsageArgs),
+    /// Train what the gateway's guard looks for.
+    Guard {
+        #[command(subcommand)]
+        what: GuardVerb,
+    },
+    /// End users who violate the guard's policies: look, decide, let in again.
+    Abuse {
+        #[command(subcommand)]
+        what: abuse::What,
+    },
     /// Talk to the current release in the terminal.
     Chat {
         /// A channel's name or a GGUF file.
@@ -145,6 +157,18 @@ enum Verb {
     },
     /// Say what this machine has and what can run here.
     Doctor,
+}
+
+#[derive(Subcommand)]
+enum GuardVerb {
+    /// Train the classifier of a policy with `check = "head"` on labelled texts.
+    Train {
+        /// JSON lines: {text, labels: [...]}; an empty list says that all is well.
+        #[arg(long, value_name = "FILE")]
+        data: PathBuf,
+        #[command(flatten)]
+        files: router::Files,
+    },
 }
 
 #[derive(Subcommand)]
@@ -218,6 +242,8 @@ async fn run(args: Args) -> Result<()> {
         Verb::Keys { at, what } => keys::keys(&home, &at, what, json).await,
         Verb::Teams { at, what } => keys::teams(&home, &at, what, json).await,
         Verb::Usage(args) => usage::run(&home, &args, json).await,
+        Verb::Guard { what: GuardVerb::Train { data, files } } => guard::train(&data, &files, json),
+        Verb::Abuse { what } => abuse::run(&home, what, json).await,
         Verb::Chat { model, template } => chat::run(&home, &model, template).await,
         Verb::Bench { what } => bench::run(what, json).await,
         Verb::Sign { dir, key } => sign::sign(&dir, &key, json),

@@ -20,10 +20,10 @@ const PAGE: usize = 64;
 pub(crate) struct Files {
     /// The encoder: a folder in Hugging Face's layout, as in [encoder] of the gateway's file.
     #[arg(long, value_name = "DIR")]
-    encoder: PathBuf,
+    pub(crate) encoder: PathBuf,
     /// The file to write.
     #[arg(long, value_name = "FILE")]
-    out: PathBuf,
+    pub(crate) out: PathBuf,
 }
 
 /// What the threshold is chosen for.
@@ -57,17 +57,17 @@ struct Evaluated {
 }
 
 /// The objects of a JSONL file.
-fn lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+pub(crate) fn lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let filled = text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty());
     filled.map(|(i, l)| serde_json::from_str(l).with_context(|| format!("{}, line {}", path.display(), i + 1))).collect()
 }
 
-fn open(files: &Files) -> Result<(Embed, EncoderInfo)> {
+pub(crate) fn open(files: &Files) -> Result<(Embed, EncoderInfo)> {
     encoder::open(&EncoderSettings { path: files.encoder.clone(), name: None })
 }
 
-fn vectors(embed: &Embed, prompts: &[&str]) -> Result<Vec<Vec<f32>>> {
+pub(crate) fn vectors(embed: &Embed, prompts: &[&str]) -> Result<Vec<Vec<f32>>> {
     let bar = out::bar(prompts.len() as u64, "encode");
     let mut rows = Vec::with_capacity(prompts.len());
     for page in prompts.chunks(PAGE) {

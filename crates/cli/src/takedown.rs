@@ -2,9 +2,10 @@
 
 use crate::out;
 use anyhow::{Context, Result};
+use ashlar_core::ArtifactKind;
 use ashlar_store::Store;
 use serde_json::json;
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path};
 
 /// How many ids of a kind the terminal shows; `--json` has them all.
 const SHOWN: usize = 8;
@@ -20,6 +21,7 @@ pub(crate) async fn run(home: &Path, id: &str, reason: &str, dry_run: bool, as_j
     let exposed = store.exposed_to(&[document.doc]).await?;
     if !dry_run {
         store.takedown(&[document.doc], reason).await?;
+        forbid(&store, &exposed.documents, &exposed.artifacts).await?;
     }
     if as_json {
         return out::json(&json!({"document": document, "exposed": exposed, "reason": reason, "dry_run": dry_run}));
@@ -49,6 +51,34 @@ pub(crate) async fn run(home: &Path, id: &str, reason: &str, dry_run: bool, as_j
     out::line("exposed to, not caused by: this lists what could have learned from the documents.".into());
     if !dry_run && !exposed.releases.is_empty() {
         out::line("next: `ashlar up` rebuilds and releases without them; until then the gate stays closed for these artifacts.".into());
+    }
+    Ok(())
+}
+
+/// Keeps hashes of what the documents say, from the snapshots that hold them, for
+/// the gateway's `check = "takedown"`.
+async fn forbid(store: &Store, documents: &[ashlar_core::Digest], artifacts: &[ashlar_core::Digest]) -> Result<()> {
+    let mut left: BTreeSet<_> = documents.iter().copied().collect();
+    for artifact in artifacts {
+        let known = store.artifact(artifact).await?;
+        if left.is_empty() || known.is_none_or(|a| a.kind != ArtifactKind::Snapshot) {
+            continue;
+        }
+        let dir = tempfile::tempdir()?;
+        // The takedown stands, whether its text can still be read or not.
+        if let Err(e) = store.materialize(artifact, dir.path()).await {
+            out::note(format!("warning: snapshot {artifact} cannot be read: {e}"));
+            continue;
+        }
+        for kept in ashlar_data::read_kept(dir.path()).unwrap_or_default() {
+            if left.remove(&kept.doc) {
+                store.forbid(&kept.doc, &ashlar_gateway::guard::shingles(&kept.text)).await?;
+            }
+        }
+    }
+    if !left.is_empty() {
+        let text = "of {} documents no snapshot holds the text: the gateway cannot look for it in answers";
+        out::note(text.replace("{}", &left.len().to_string()));
     }
     Ok(())
 }
