@@ -4,6 +4,7 @@ use crate::{
     config::Config,
     metrics::{BackendGauges, Gauges, Metrics},
     recorder::{Ledger, LiveTable},
+    series::Series,
     route::{Decisions, Route, Target},
     signin::Sessions,
     table::{Table, Tables},
@@ -38,6 +39,9 @@ pub struct GatewayConfig {
     /// Whether only requests with a good key are answered, and the console asks
     /// for one. The configuration file may say so, too.
     pub require_keys: bool,
+    /// The share of requests that should succeed: what is missing from 1 is the
+    /// error budget the console shows.
+    pub objective: f64,
     /// Names beyond localhost under which a loopback server may be asked.
     pub allowed_hosts: Vec<String>,
     /// Serve the console and `/ashlar/…`, which show answers to whoever asks,
@@ -54,6 +58,7 @@ impl Default for GatewayConfig {
             request_timeout: Duration::from_secs(600),
             grace: Duration::from_secs(10),
             require_keys: false,
+            objective: 0.999,
             allowed_hosts: Vec::new(),
             open_console: false,
         }
@@ -125,6 +130,7 @@ pub(crate) struct App {
     pub(crate) ledger: Ledger,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) live: LiveTable,
+    pub(crate) series: Series,
     pub(crate) decisions: Decisions,
     pub(crate) sessions: Sessions,
     /// True once answers in flight must end.

@@ -17,6 +17,7 @@ use crate::{
     recorder::{Ledger, LiveTable},
     reply::{Form, RESPONSE_ID},
     route::Decisions,
+    series::Series,
     session::Session,
     signin::{self, Sessions},
     table::{Table, Tables},
@@ -101,6 +102,7 @@ pub async fn serve(
         ledger,
         metrics,
         live: LiveTable::default(),
+        series: Series::new(),
         decisions: Decisions::default(),
         sessions: Sessions::default(),
         stop,
@@ -196,6 +198,9 @@ async fn gate(
     let admitted = response.headers().contains_key(RESPONSE_ID);
     if !admitted && (status.is_client_error() || status.is_server_error()) {
         app.metrics.rejected(status.as_u16());
+        if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
+            app.series.turned_away();
+        }
     }
     for (name, value) in console::SECURITY_HEADERS {
         response

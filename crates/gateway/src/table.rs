@@ -77,6 +77,7 @@ impl Table {
         let server = &config.server;
         limits.max_body_bytes = server.max_body_bytes.unwrap_or(limits.max_body_bytes);
         limits.max_in_flight = server.max_in_flight.unwrap_or(limits.max_in_flight);
+        limits.objective = server.objective.unwrap_or(limits.objective);
         limits.body_timeout = server.body_timeout_s.map_or(limits.body_timeout, Duration::from_secs_f64);
         limits.request_timeout = server.request_timeout_s.map_or(limits.request_timeout, Duration::from_secs_f64);
         let kept = |name: &str| old.and_then(|t| t.nodes.iter().find(|n| n.name == name)).cloned();

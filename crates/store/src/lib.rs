@@ -46,6 +46,7 @@
 pub mod account;
 mod document;
 mod error;
+mod find;
 mod ledger;
 mod lineage;
 mod lock;
@@ -65,6 +66,7 @@ pub use account::{
 };
 pub use document::{DocumentRow, Observation};
 pub use error::StoreError;
+pub use find::{ResponseFilter, ResponseSum};
 pub use ledger::{Artifact, Store};
 pub use lineage::{Exposed, Takedown};
 pub use release::{Release, ReleaseRow};

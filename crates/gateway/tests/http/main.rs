@@ -1,6 +1,7 @@
 //! The server as clients meet it, over sockets, with a scripted backend and a
 //! real store.
 
+mod demo;
 mod mock;
 mod peers;
 mod support;
@@ -309,8 +310,8 @@ async fn models_health_and_console_routes() {
     assert_eq!(server.get("/health").await.json()["status"], "ok");
     for (path, kind) in [
         ("/", "text/html; charset=utf-8"),
-        ("/console.css", "text/css; charset=utf-8"),
-        ("/console.js", "text/javascript; charset=utf-8"),
+        ("/console/style/base.css", "text/css; charset=utf-8"),
+        ("/console/main.js", "text/javascript; charset=utf-8"),
         ("/icon.svg", "image/svg+xml"),
     ] {
         let reply = server.get(path).await;
