@@ -44,7 +44,9 @@ export function histogram({ label, noun, nouns, format, height = 170, empty }) {
         shape("text", { class: "marked", x: at + (end ? -4 : 4), y: name === "p50" ? TOP + 2 : TOP + 14, "text-anchor": end ? "end" : "start" }, name));
     }
     for (const i of every(data.counts.length, width - LEFT, 58)) {
-      svg.append(shape("text", { x: LEFT + (i + 0.5) * wide, y: h - 5, "text-anchor": "middle" }, format(data.bounds[i])));
+      const at = LEFT + (i + 0.5) * wide;
+      const near = at > width - 26;
+      svg.append(shape("text", { x: near ? width - RIGHT : at, y: h - 5, "text-anchor": near ? "end" : "middle" }, format(data.bounds[i])));
     }
   }
 

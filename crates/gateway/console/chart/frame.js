@@ -30,8 +30,9 @@ export function frame(kind) {
   function read(speak) {
     const n = kind.count();
     const now = n ? kind.read(cursor ?? kind.rest?.() ?? n - 1) : null;
-    values.forEach((v, i) => { v.textContent = now?.values[i] ?? ""; });
-    at.textContent = now ? (cursor === null && kind.restLabel ? kind.restLabel() : now.at) : "";
+    const resting = cursor === null && kind.restLabel;
+    values.forEach((v, i) => { v.textContent = (!resting && now?.values[i]) || ""; });
+    at.textContent = now ? (resting ? kind.restLabel() : now.at) : "";
     if (speak && now) said.textContent = now.at + ": " + kind.legend.map((s, i) => s.name + " " + (now.values[i] || "none")).join(", ");
   }
 

@@ -17,6 +17,9 @@ export const PHASES = [
   { key: "decode", name: "decode", cls: "s3" },
 ];
 
+/** Bounds between two whole numbers hold the lower one. */
+const tokens = (v) => short(Math.floor(v + 1e-9));
+
 export function mount(main, { trouble }) {
   let period = 15;
   const pick = (m) => { period = m; refresh().catch(trouble); };
@@ -28,7 +31,7 @@ export function mount(main, { trouble }) {
   const bars = (label, noun, format) => histogram({ label, noun, format, empty: none });
   const h = {
     ttft: bars("Time to first token", "answer", seconds), gap: bars("Time between tokens", "gap", seconds), total: bars("Time in all", "answer", seconds),
-    prompt: bars("Tokens of prompts", "prompt", short), output: bars("Tokens of answers", "answer", short),
+    prompt: bars("Tokens of prompts", "prompt", tokens), output: bars("Tokens of answers", "answer", tokens),
   };
   main.append(head("Latency", "Timers start when a request's head has been read.", minutes(period, pick)), box.figures, el("div", { class: "grid" },
     el("div", { class: "span" }, panel("Split of an answer's time", box.split, split.node)),
