@@ -50,10 +50,13 @@ export function lines({ label, series, format, axis = format, stacked = false, h
     series.forEach((s, k) => {
       const column = data.columns[k] ?? [];
       for (const run of runs(column)) {
-        const upper = run.map((i) => [x(i), y((stacked ? base[i] : 0) + column[i])]);
+        // A single point has an area, too.
+        const around = (i, level) => (run.length > 1 ? [[x(i), level]] : [[x(i) - 3, level], [x(i) + 3, level]]);
+        const upper = run.map((i) => [x(i), y(column[i])]);
         if (stacked || s.area) {
-          const lower = run.map((i) => [x(i), y(stacked ? base[i] : 0)]).reverse();
-          svg.append(shape("path", { class: `area ${s.cls}${stacked ? " solid" : ""}`, d: path([...upper, ...lower]) + "Z" }));
+          const top = run.flatMap((i) => around(i, y((stacked ? base[i] : 0) + column[i])));
+          const bottom = run.flatMap((i) => around(i, y(stacked ? base[i] : 0))).reverse();
+          svg.append(shape("path", { class: `area ${s.cls}${stacked ? " solid" : ""}`, d: path([...top, ...bottom]) + "Z" }));
         }
         if (!stacked) {
           if (upper.length === 1) svg.append(shape("circle", { class: "dot " + s.cls, cx: upper[0][0], cy: upper[0][1], r: 2.5 }));

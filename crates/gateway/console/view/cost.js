@@ -24,7 +24,7 @@ export function mount(main, { params, go, trouble }) {
   const bars = columns({ label: "Cost by time", name: "cost", axis: (v) => roughly(v), empty: "No known cost in this time." });
   main.append(head("Cost", null, days(period, pick)), box.trail, box.figures, el("div", { class: "grid" },
     el("div", { class: "span" }, panel("Over time", bars.node)),
-    el("div", { class: "span" }, panel("By", choice("Add up by", BY.filter(([d]) => !(d in set)), by, (d) => go(link({ by: d }))), box.rows)),
+    el("div", { class: "span" }, panel("Who and what", choice("Add up by", BY.filter(([d]) => !(d in set)), by, (d) => go(link({ by: d }))), box.rows)),
     el("div", { class: "span" }, panel("Token classes", box.classes))));
 
   async function refresh(signal) {
@@ -53,13 +53,13 @@ export function mount(main, { params, go, trouble }) {
     const n = places(data.rows.map((r) => r.cost));
     const total = new Map(data.total.map((t) => [t.currency, Number(t.cost)]));
     const filterable = FILTERS.includes(by);
-    const list = table("Cost by " + by, [col(BY.find(([d]) => d === by)[1]), num("Requests"), num("Input"), num("From cache"), num("Output"), num("Unknown cost"), num("Cost"), col("Share")],
+    const list = table("Cost by " + by, [col(BY.find(([d]) => d === by)[1]), num("Cost"), col("Share"), num("Requests"), num("Input"), num("From cache"), num("Output"), num("Unknown cost")],
       data.rows.map((r) => {
         const id = r.of[0];
         const label = id === "" ? (knows ? "(none)" : "(all)") : clip(name(id), 40);
         const next = DOWN.find((d) => d !== by && !(d in set)) ?? "backend";
-        return [filterable && id !== "" ? el("a", { href: link({ [by]: id, by: next }), title: id }, label) : label, whole(r.requests), short(r.tokens.input), short(r.tokens.cache_read),
-          short(r.tokens.output + r.tokens.reasoning), r.unpriced ? el("span", { class: "bad" }, whole(r.unpriced)) : "0", money(r.cost, r.currency, n), share(total.get(r.currency) ? Number(r.cost) / total.get(r.currency) : 0)];
+        return [filterable && id !== "" ? el("a", { href: link({ [by]: id, by: next }), title: id }, label) : label, money(r.cost, r.currency, n), share(total.get(r.currency) ? Number(r.cost) / total.get(r.currency) : 0), whole(r.requests), short(r.tokens.input),
+          short(r.tokens.cache_read), short(r.tokens.output + r.tokens.reasoning), r.unpriced ? el("span", { class: "bad" }, whole(r.unpriced)) : "0"];
       }));
     return [list, data.left_off > 0 && quiet(`${plural(data.left_off, "cheaper one")} not listed: filter, or export the ledger.`),
       data.source !== "accounts" && quiet("This server has no accounts: keys, teams and end users are not known, and costs come from the responses themselves.")].filter(Boolean);

@@ -33,7 +33,7 @@ export function mount(main, { trouble }) {
     ttft: bars("Time to first token", "answer", seconds), gap: bars("Time between tokens", "gap", seconds), total: bars("Time in all", "answer", seconds),
     prompt: bars("Tokens of prompts", "prompt", tokens), output: bars("Tokens of answers", "answer", tokens),
   };
-  main.append(head("Latency", "Timers start when a request's head has been read.", minutes(period, pick)), box.figures, el("div", { class: "grid" },
+  main.append(head("Latency", null, minutes(period, pick)), box.figures, el("div", { class: "grid" },
     el("div", { class: "span" }, panel("Split of an answer's time", box.split, split.node)),
     panel("Time to first token", ttft.node), panel("Time between tokens", gap.node),
     panel("First tokens", h.ttft.node), panel("Gaps between tokens", h.gap.node),

@@ -45,7 +45,7 @@ export function mount(main, { trouble }) {
 
 function lossChart(values) {
   // Steps stand where times are elsewhere.
-  const { node, update } = lines({ label: "Training loss by step", format: (v) => (v === null || v === undefined ? "–" : v.toFixed(3)), axis: (v) => short(v), series: [{ name: "loss", cls: "s2" }], by: "step" });
+  const { node, update } = lines({ label: "Training loss by step", format: (v) => (v === null || v === undefined ? "–" : v.toFixed(3)), axis: (v) => short(v), series: [{ name: "loss", cls: "s1" }], by: "step" });
   update({ at: values.map((_, i) => i + 1), step: 1, columns: [values] });
   return node;
 }

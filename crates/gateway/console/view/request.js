@@ -25,8 +25,8 @@ export function mount(main, { arg }) {
     put(box.top, figures([
       { name: "End", value: s?.finish ?? "running", note: s?.refusal ? "a refusal" : null },
       { name: "First token", value: s?.ttft_ms > 0 ? ms(s.ttft_ms) : "–" }, { name: "In all", value: s ? ms(s.total_ms) : "–" },
-      { name: "Speed", value: s && s.completion_tokens > 1 && s.ttft_ms > 0 && s.total_ms > s.ttft_ms ? short(((s.completion_tokens - 1) / (s.total_ms - s.ttft_ms)) * 1000) + " tokens/s" : "–" },
-      { name: "Cost", value: usage?.cost || s?.cost ? money(usage?.cost ?? s.cost, usage?.currency) : "–", note: s && !(usage?.cost || s.cost) ? usage?.no_cost_reason ?? "not known" : null },
+      { name: "Speed", value: s && s.completion_tokens > 1 && s.ttft_ms > 0 && s.total_ms > s.ttft_ms ? short(((s.completion_tokens - 1) / (s.total_ms - s.ttft_ms)) * 1000) : "–", note: "tokens a second" },
+      { name: "Cost" + (usage?.currency ? ", " + usage.currency : ""), value: usage?.cost || s?.cost ? money(usage?.cost ?? s.cost) : "–", note: s && !(usage?.cost || s.cost) ? usage?.no_cost_reason ?? "not known" : null },
     ]));
     put(box.time, ...timeline(s, route));
     put(box.tokens, ...tokens(s, route, usage));

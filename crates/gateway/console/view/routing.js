@@ -42,7 +42,13 @@ export function mount(main, { arg, go }) {
 function backends(list) {
   if (!list.length) return [empty("No backend.", "Name servers in the configuration file.")];
   return [table("Backends", [col("Backend"), col("Kind"), col("Circuit"), wide("State"), num("Requests"), num("Failed"), num("Opened")],
-    list.map((b) => [b.name, b.kind, state(b.circuit === "closed", b.circuit), b.why ?? b.last_error ?? (b.probe_error ? "probe: " + b.probe_error : "may be asked"), whole(b.requests), whole(b.errors), whole(b.opened)]))];
+    list.map((b) => [b.name, b.kind, state(b.circuit === "closed", b.circuit), stateOf(b), whole(b.requests), whole(b.errors), whole(b.opened)]))];
+}
+
+function stateOf(b) {
+  if (b.why) return b.why;
+  const error = b.last_error ?? b.probe_error;
+  return error ? ["may be asked; the last error: ", el("span", { class: "quiet" }, error)] : "may be asked";
 }
 
 function targets(list) {
