@@ -7,6 +7,7 @@ use crate::{
     listener::Connections,
     metrics::{BackendGauges, Gauges, Metrics, ProcessGauges},
     recorder::LiveTable,
+    series::Series,
     route::{Decisions, Route, Target},
     signin::Sessions,
     table::{Table, Tables},
@@ -49,6 +50,9 @@ pub struct GatewayConfig {
     /// Whether only requests with a good key are answered, and the console asks
     /// for one. The configuration file may say so, too.
     pub require_keys: bool,
+    /// The share of requests that should succeed: what is missing from 1 is the
+    /// error budget the console shows.
+    pub objective: f64,
     /// Names beyond localhost under which a loopback server may be asked.
     pub allowed_hosts: Vec<String>,
     /// Serve the console and `/ashlar/…`, which show answers to whoever asks,
@@ -66,6 +70,7 @@ impl Default for GatewayConfig {
             drain: Duration::ZERO,
             grace: Duration::from_secs(10),
             require_keys: false,
+            objective: 0.999,
             allowed_hosts: Vec::new(),
             open_console: false,
         }
@@ -147,6 +152,7 @@ pub(crate) struct App {
     pub(crate) ledger: Ledger,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) live: LiveTable,
+    pub(crate) series: Series,
     pub(crate) decisions: Decisions,
     pub(crate) telemetry: Telemetry,
     pub(crate) tls: Arc<Tls>,

@@ -73,6 +73,10 @@ pub struct ServerSettings {
     /// Seconds for a whole answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub request_timeout_s: Option<f64>,
+    /// The share of requests that should succeed, 0.999 for three nines; the
+    /// console shows what is left of the rest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub objective: Option<f64>,
     /// Seconds in which a server that is told to stop still takes requests, while
     /// /health says that it is draining. Left out: none.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -53,6 +53,7 @@ mod recorder;
 pub mod refusal;
 mod reply;
 mod route;
+mod series;
 mod server;
 mod session;
 mod signin;

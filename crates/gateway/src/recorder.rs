@@ -33,6 +33,7 @@ use crate::{
     metrics::Sample,
     refusal,
     route::{Decision, Target},
+    series::Phases,
     upstream::{Chunk, End as Ending, Piece, Tokens},
 };
 use ashlar_api::Timings;
@@ -162,6 +163,7 @@ impl Recorder {
             ttft_us: AtomicU64::new(0),
         });
         app.live.with(|t| t.insert(live.id.clone(), live.clone()));
+        app.series.arrived(app.live.len());
         let first = Answered {
             release: intake.release.clone(),
             model: intake.model.clone(),
@@ -275,7 +277,11 @@ impl Recorder {
         self.answer.push_str(text);
         self.live.tokens.fetch_add(tokens, Relaxed);
         match self.last {
-            Some(last) => self.app.metrics.token_gap(&self.live.model, self.live.endpoint, (now - last).as_secs_f64()),
+            Some(last) => {
+                let gap = (now - last).as_secs_f64();
+                self.app.metrics.token_gap(&self.live.model, self.live.endpoint, gap);
+                self.app.series.token_gap(gap);
+            }
             None => {
                 self.first_token = Some(now);
                 let us = (now - self.live.arrived).as_micros();
@@ -368,7 +374,7 @@ impl Recorder {
             None => (self.app.cost(target.map(|t| &**t), self.live.at_ms, &tokens.classes(), machine_us), None),
         };
         let usage = tokens.usage();
-        self.app.metrics.settled(&Sample {
+        let sample = Sample {
             model: &self.live.model,
             endpoint: self.live.endpoint,
             finish: finish.as_str(),
@@ -381,7 +387,10 @@ impl Recorder {
             refusal,
             cost: amount(&cost).zip(cost.currency.as_deref()),
             estimated: tokens.estimated,
-        });
+        };
+        self.app.metrics.settled(&sample);
+        let phases = Phases::of(self.decision.sent_s(), 0.0, sample.queue_s.unwrap_or(0.0), sample.ttft_s, sample.total_s);
+        self.app.series.settled(&sample, phases);
         let answer = std::mem::take(&mut self.answer);
         let ms = |d: Option<Duration>| d.map_or(0.0, |d| d.as_secs_f64() * 1e3);
         let ended = Ended {

@@ -22,6 +22,7 @@ use crate::{
     recorder::{self, LiveTable},
     reply::{Form, RESPONSE_ID},
     route::Decisions,
+    series::Series,
     session::Session,
     signin::{self, Sessions},
     table::{Table, Tables},
@@ -113,6 +114,7 @@ pub async fn serve(
         ledger,
         metrics,
         live: LiveTable::default(),
+        series: Series::new(),
         decisions: Decisions::default(),
         telemetry: Telemetry::default(),
         tls: Arc::new(tls),
@@ -251,6 +253,9 @@ async fn gate(
     let admitted = response.headers().contains_key(RESPONSE_ID);
     if !admitted && (status.is_client_error() || status.is_server_error()) {
         app.metrics.rejected(status.as_u16());
+        if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
+            app.series.turned_away();
+        }
     }
     for (name, value) in console::SECURITY_HEADERS {
         response

@@ -79,6 +79,7 @@ impl Table {
         let server = &config.server;
         limits.max_body_bytes = server.max_body_bytes.unwrap_or(limits.max_body_bytes);
         limits.max_in_flight = server.max_in_flight.unwrap_or(limits.max_in_flight);
+        limits.objective = server.objective.unwrap_or(limits.objective);
         limits.body_timeout = server.body_timeout_s.map_or(limits.body_timeout, Duration::from_secs_f64);
         limits.drain = server.drain_s.map_or(limits.drain, Duration::from_secs_f64);
         limits.grace = server.grace_s.map_or(limits.grace, Duration::from_secs_f64);

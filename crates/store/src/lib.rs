@@ -47,6 +47,7 @@ mod abuse;
 pub mod account;
 mod document;
 mod error;
+mod find;
 mod ledger;
 mod lineage;
 mod lock;
@@ -67,6 +68,7 @@ pub use account::{
 pub use abuse::{AbuseEvent, AbuseLimits, AbuseState, AbuseUser};
 pub use document::{DocumentRow, Observation};
 pub use error::StoreError;
+pub use find::{ResponseFilter, ResponseSum};
 pub use ledger::{Artifact, Store};
 pub use lineage::{Exposed, Takedown};
 pub use release::{Release, ReleaseRow};

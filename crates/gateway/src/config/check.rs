@@ -76,6 +76,9 @@ impl Config {
         self.guard.check()?;
         self.check_server()?;
         self.check_telemetry()?;
+        if let Some(n) = self.server.objective.filter(|n| !(0.0..1.0).contains(n)) {
+            return invalid("server.objective".into(), format!("it must be at least 0 and less than 1, got {n}"));
+        }
         let mut names: BTreeSet<&str> = self.models.keys().map(String::as_str).collect();
         for (name, m) in &self.models {
             for alias in &m.aliases {

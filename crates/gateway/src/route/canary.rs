@@ -100,6 +100,15 @@ impl Canary {
         self.with(|s| s.rolled_back.clone())
     }
 
+    /// Takes it back by hand; false when it was taken back before.
+    pub(crate) fn take_back(&self, why: &str) -> bool {
+        self.with(|s| {
+            let first = s.rolled_back.is_none();
+            s.rolled_back.get_or_insert_with(|| why.to_owned());
+            first
+        })
+    }
+
     /// A request was drawn for the canary, or for the others.
     pub(crate) fn drawn(&self, canary: bool) {
         self.with(|s| if canary { s.drawn.0 += 1 } else { s.drawn.1 += 1 });

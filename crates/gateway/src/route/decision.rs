@@ -73,6 +73,13 @@ impl Decision {
         self.attempts.lock().unwrap_or_else(PoisonError::into_inner).push(attempt);
     }
 
+    /// Seconds from arrival until it was sent to who answered, or was asked last.
+    pub(crate) fn sent_s(&self) -> f64 {
+        let attempts = self.attempts.lock().unwrap_or_else(PoisonError::into_inner);
+        let answered = attempts.iter().find(|a| a.outcome == "answered").or(attempts.last());
+        answered.map_or(0.0, |a| a.at_ms / 1e3)
+    }
+
     /// What the request was billed for.
     pub(crate) fn settled(&self, tokens: Tokens) {
         *self.tokens.lock().unwrap_or_else(PoisonError::into_inner) = Some(tokens);

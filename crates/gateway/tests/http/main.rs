@@ -4,6 +4,7 @@
 #[path = "../../../store/tests/accounts/databases.rs"]
 #[allow(dead_code, unreachable_pub, unused_imports, unused_macros)]
 mod databases;
+mod demo;
 mod deploy;
 mod door;
 mod guard;
@@ -326,8 +327,8 @@ async fn models_health_and_console_routes() {
     assert_eq!(server.get("/health").await.json()["status"], "ok");
     for (path, kind) in [
         ("/", "text/html; charset=utf-8"),
-        ("/console.css", "text/css; charset=utf-8"),
-        ("/console.js", "text/javascript; charset=utf-8"),
+        ("/console/style/base.css", "text/css; charset=utf-8"),
+        ("/console/main.js", "text/javascript; charset=utf-8"),
         ("/icon.svg", "image/svg+xml"),
     ] {
         let reply = server.get(path).await;

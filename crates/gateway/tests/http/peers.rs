@@ -5,7 +5,10 @@
 //! `ASHLAR_PEERS_PYTHON` names a Python that has `openai` (default `python3`);
 //! `ASHLAR_SCREENSHOTS` a folder in which the screenshots stay.
 
-use crate::support::{MODEL, Server, XSS};
+use crate::{
+    demo::Demo,
+    support::{MODEL, Server},
+};
 use std::{path::Path, process::Output};
 use tokio::process::Command;
 
@@ -43,20 +46,15 @@ async fn the_official_client_is_content() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_console_shows_itself_in_a_browser() {
-    let server = Server::start().await;
-    for prompt in ["When does the kiln cool down?", "refuse", XSS, "How do I book the mason's yard?"] {
-        server.chat(prompt, true).await;
-    }
-    server.chat("die", false).await;
-    let reply = server.chat(&format!("Is the kiln warm in winter? {XSS}"), false).await;
-    let id = reply.header("x-ashlar-response-id").unwrap();
+    let demo = Demo::start().await;
     let temporary = tempfile::tempdir().unwrap();
     let folder = std::env::var("ASHLAR_SCREENSHOTS");
     let folder = folder.as_deref().map_or(temporary.path(), Path::new);
     let output = Command::new("python3")
         .arg(script("console.py"))
-        .arg(format!("http://{}/?response={id}", server.at))
+        .arg(format!("http://{}/?response={}", demo.server.at, demo.routed))
         .arg(folder.join("console.png"))
+        .arg("--seeded")
         .output()
         .await
         .unwrap();
@@ -64,5 +62,5 @@ async fn the_console_shows_itself_in_a_browser() {
         return skip("Chromium");
     }
     assert!(output.status.success(), "{}", shown(&output));
-    server.stop().await;
+    demo.server.stop().await;
 }
