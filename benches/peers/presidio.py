@@ -82,6 +82,8 @@ class Presidio:
         self.enhancer = LemmaContextAwareEnhancer()
 
     def scan(self, text, context):
+        from presidio_analyzer import EntityRecognizer
+
         artifacts = None
         if context:
             doc = self.blank(text)
@@ -96,6 +98,8 @@ class Presidio:
             out += r.analyze(text, r.supported_entities, artifacts) or []
         if context:
             out = self.enhancer.enhance_using_context(text, out, artifacts, self.recognizers)
+        # As its engine does: of spans of one entity that lie in each other, the best.
+        out = EntityRecognizer.remove_duplicates(out)
         return [(KINDS[f.entity_type], f.start, f.end, f.score) for f in out if f.entity_type in KINDS]
 
 
