@@ -24,6 +24,8 @@ const LINGER: Duration = Duration::from_millis(5);
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Something to write.
+// Nearly all are of the large kind.
+#[allow(clippy::large_enum_variant)]
 pub(crate) enum Entry {
     Admit(Admission, oneshot::Sender<Result<(), StoreError>>),
     /// With the usage row that goes before it, or who waits.

@@ -109,10 +109,11 @@ fn may_see(access: &Access) -> Result<(), ApiError> {
 /// keys that may see it. The page itself is for all, since one signs in there.
 pub(crate) async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let data = request.uri().path().starts_with("/ashlar/") && request.uri().path() != PATH;
-    if data && app.state.config.require_keys {
-        if let Err(e) = console_key(&app, request.headers()) {
-            return Failure::from(e).into_response();
-        }
+    if data
+        && app.state.config.require_keys
+        && let Err(e) = console_key(&app, request.headers())
+    {
+        return Failure::from(e).into_response();
     }
     if data {
         // What has ended is there for whoever looks. A database that is not reached
