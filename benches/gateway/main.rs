@@ -4,8 +4,8 @@
 //! `cargo run --release -p ashlar-gateway --example gateway_bench` starts a mock
 //! upstream and a gateway as processes of their own and prints, for request
 //! bodies of 1 KB, 100 KB and 1 MB, streamed and not: added p50 and p99 with one
-//! client, and requests a second with sixteen. `soak N` sends N small requests
-//! and prints the gateway's memory along the way.
+//! client, and requests a second with sixteen. `soak N` sends N small requests,
+//! prints the gateway's memory along the way, and fails when it goes on growing.
 //!
 //! The gateway has everything on that it has: a key with a team, limits of
 //! requests, tokens and money, prices, ledger, metrics, decisions. Its home is a

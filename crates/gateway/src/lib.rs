@@ -13,6 +13,8 @@
 //! (`attempt`, `upstream`) → pieces (`session`) → reply (`reply`) → settle
 //! (`recorder`). A guard of the request belongs before asking, a guard of the
 //! answer into `Session::read`, through which every piece of every answer passes.
+//! `watch` sees all of it, from the first byte that `listener` reads; `metrics` and
+//! `telemetry` tell of it.
 //!
 //! What may not happen here:
 //! - an answer that the ledger has not admitted, or a response settled twice
@@ -23,7 +25,8 @@
 //!   the console sets text only, and its policy forbids inline scripts);
 //! - a page of another origin reading answers (`intake`);
 //! - a request that passes a key's limits by, whatever its endpoint (`door`);
-//! - a piece of an answer that passes the guard by (`Session::pass`).
+//! - a piece of an answer that passes the guard by (`Session::pass`);
+//! - an answer that waits for a scrape or a collector (`metrics`, `telemetry`).
 //!
 //! Tokenizing and inference are the backend's, keys and limits the store's. A
 //! server that requires no keys has no console on an open address unless it is

@@ -9,6 +9,8 @@
 //! configuration asks for contents; or a span of a request that is not recorded,
 //! which costs the reading of two headers.
 
+mod describe;
+
 use crate::{
     app::App,
     ask::Ask,
@@ -35,9 +37,6 @@ use std::{
     sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Instant,
 };
-
-/// Most bytes of a prompt or an answer in a span.
-const CONTENTS: usize = 64 << 10;
 
 tokio::task_local! {
     static WATCH: Arc<Watch>;
@@ -303,9 +302,9 @@ impl Observed {
         let mut contents = None;
         if let Some(watch) = &watch {
             watch.note(|recorded, span| {
-                describe(span, ask, id, model);
+                describe::request(span, ask, id, model);
                 if recorded.exporter.contents {
-                    span.attributes.push(attribute(semconv::INPUT_MESSAGES, cut(messages(ask.prompt()))));
+                    span.attributes.push(attribute(semconv::INPUT_MESSAGES, describe::messages(ask.prompt())));
                     contents = Some(String::new());
                 }
             });
@@ -354,7 +353,7 @@ impl Observed {
             Piece::Done(end) => return self.ended(end),
             Piece::Started { .. } => return,
         };
-        if let Some(contents) = self.contents.as_mut().filter(|c| c.len() < CONTENTS) {
+        if let Some(contents) = self.contents.as_mut().filter(|c| c.len() < describe::CONTENTS) {
             contents.push_str(text);
         }
     }
@@ -444,73 +443,9 @@ impl Drop for Observed {
                     attribute(semconv::OUTCOME, self.outcome),
                 ]);
                 if let Some(text) = self.contents.take() {
-                    let message = serde_json::json!([{"role": "assistant", "parts": [{"type": "text", "content": cut(text)}]}]);
-                    span.attributes.push(attribute(semconv::OUTPUT_MESSAGES, message.to_string()));
+                    span.attributes.push(attribute(semconv::OUTPUT_MESSAGES, describe::answer(text)));
                 }
             });
         }
     }
-}
-
-/// What `ask` asks for, without its words.
-fn describe(span: &mut Span, ask: &Ask, id: &str, model: &str) {
-    let operation = semconv::operation(ask.endpoint.path());
-    span.name = format!("{operation} {model}");
-    span.attributes.extend([
-        attribute(semconv::OPERATION, operation),
-        attribute(semconv::PROVIDER, semconv::OURS),
-        attribute(semconv::REQUEST_MODEL, ask.model.as_str()),
-        attribute(semconv::RESPONSE_ID, id),
-    ]);
-    for (field, name) in semconv::NUMBERS {
-        let Some(raw) = ask.raw(field) else { continue };
-        if span.attributes.iter().any(|kv| kv.key == name) {
-            continue;
-        }
-        if let Ok(n) = raw.parse::<i64>() {
-            span.attributes.push(attribute(name, n));
-        } else if let Ok(n) = raw.parse::<f64>() {
-            span.attributes.push(attribute(name, n));
-        }
-    }
-    let (field, name) = semconv::STOP;
-    if let Some(raw) = ask.raw(field) {
-        let one = serde_json::from_str::<String>(raw).map(|s| vec![s]);
-        if let Ok(stop) = serde_json::from_str::<Vec<String>>(raw).or(one) {
-            span.attributes.push(attribute(name, stop));
-        }
-    }
-    if let Some(n) = ask.raw("n").and_then(|raw| raw.parse::<i64>().ok()).filter(|n| *n != 1) {
-        span.attributes.push(attribute(semconv::CHOICES, n));
-    }
-}
-
-/// A prompt's JSON in the conventions' form: roles with parts.
-fn messages(prompt: &str) -> String {
-    use serde_json::{Value, json};
-    let part = |part: &Value| match part["text"].as_str() {
-        Some(text) => json!({"type": "text", "content": text}),
-        // Pictures and sound stay out.
-        None => json!({"type": part["type"]}),
-    };
-    let parts = |content: &Value| match content {
-        Value::String(text) => json!([{"type": "text", "content": text}]),
-        Value::Array(list) => list.iter().map(part).collect(),
-        _ => json!([]),
-    };
-    let list = match serde_json::from_str(prompt).unwrap_or_default() {
-        Value::Array(list) if list.iter().all(|m| m.get("role").is_some()) => {
-            list.iter().map(|m| json!({"role": m["role"], "parts": parts(&m["content"])})).collect()
-        }
-        other => json!([{"role": "user", "parts": parts(&other)}]),
-    };
-    list.to_string()
-}
-
-fn cut(mut text: String) -> String {
-    if text.len() > CONTENTS {
-        let end = (0..=CONTENTS).rev().find(|i| text.is_char_boundary(*i)).unwrap_or(0);
-        text.truncate(end);
-    }
-    text
 }
