@@ -1,12 +1,13 @@
 """The console in headless Chromium: its DOM is checked, screenshots are taken.
 
-usage: console.py URL OUT.png [--seeded]
+usage: console.py URL OUT.png [--seeded | --key=SECRET]
 
 URL is the server's root, or deep-links a response: http://HOST/?response=ID.
 Without one, the newest response is taken. Each view is visited light and dark,
 wide and narrow; the picture of one goes to OUT-VIEW-SCHEME-WIDTH.png. With
 --seeded, each view must show what the gateway's tests seed, hostile names
-included, and is walked with the keyboard. Prints one JSON line. Exits 1 when
+included, and is walked with the keyboard. With --key, only signing in with it and
+out again is tried. Prints one JSON line. Exits 1 when
 something is wrong, 3 when there is no Chromium.
 
 Speaks the DevTools protocol over a pipe, so that it needs no package: Chromium's
@@ -287,6 +288,32 @@ def keyboard(browser, root, request):
     return wrong
 
 
+def signing_in(browser, root, key, out):
+    """What goes wrong between a closed door, a wrong key, a good one, and leaving."""
+    wrong = []
+
+    def want(name, test):
+        wrong.extend(browser.until({name: test}, 10))
+
+    browser.screen(1280, "light")
+    browser.open(f"{root}/#/requests")
+    want("a form in place of the view", "document.activeElement.id === 'key' && document.querySelectorAll('main table').length === 0")
+    browser.picture(1280, out)
+    browser.call("Input.insertText", text="ashlar-wrong")
+    browser.key("Enter")
+    want("a wrong key is told of", "document.querySelector('.sign-in [role=alert]').textContent.length > 5")
+    browser.value("document.querySelector('#key').value = ''; document.querySelector('#key').focus()")
+    browser.call("Input.insertText", text=key)
+    browser.key("Enter")
+    want("a good one shows the view", "document.querySelector('#view-requests')?.dataset.ready === '1' && document.querySelector('#trouble').hidden")
+    want("and whose it is", "document.querySelector('#who').textContent.includes('Signed in as operator')")
+    want("no script can read the cookie", "document.cookie === ''")
+    browser.value("document.querySelector('#who button').focus()")
+    browser.key("Enter")
+    want("signing out closes it", "document.querySelector('.sign-in') !== null && !document.querySelector('#view-requests')")
+    return wrong + [w for w in browser.said(root) if not w.startswith("log: Failed to load resource")]
+
+
 def steady(browser, root):
     """How far things move once a view is there and goes on being refreshed."""
     browser.screen(1280, "light")
@@ -300,6 +327,7 @@ def steady(browser, root):
 
 def main():
     seeded = "--seeded" in sys.argv
+    key = next((a.removeprefix("--key=") for a in sys.argv if a.startswith("--key=")), None)
     url, out = [a for a in sys.argv[1:] if not a.startswith("--")]
     program = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
     if not program:
@@ -307,7 +335,7 @@ def main():
         return 3
     root, _, asked = url.partition("/?response=")
     root = root.rstrip("/")
-    if not asked:
+    if not asked and not key:
         with urllib.request.urlopen(f"{root}/ashlar/responses?limit=1") as reply:
             rows = json.load(reply)["responses"]
         if not rows:
@@ -333,6 +361,9 @@ def main():
         try:
             if seeded:
                 browser.call("Page.addScriptToEvaluateOnNewDocument", source=GUARD)
+            if key:
+                views = {}
+                missing = {"sign-in": wrong} if (wrong := signing_in(browser, root, key, out)) else {}
             for name, place in views.items():
                 if only and name not in only:
                     continue

@@ -18,7 +18,7 @@ export function mount(main, { trouble }) {
     empty: "No request in this time. Ask something under “Ask”, or send one to /v1/chat/completions." });
   const first = lines({ label: "Time to first token", format: seconds, series: [{ name: "p50", cls: "s1" }, { name: "p95", cls: "s2" }] });
   const tokens = lines({ label: "Tokens a second", format: perSecond, axis: short, stacked: true,
-    series: [{ name: "prompt, computed", cls: "s1" }, { name: "prompt, from cache", cls: "s3" }, { name: "answers", cls: "s2" }] });
+    series: [{ name: "prompts", cls: "s1" }, { name: "cached", cls: "s3" }, { name: "answers", cls: "s2" }] });
   main.append(head("Overview", null, minutes(period, pick)), box.figures, el("div", { class: "grid" },
     el("div", { class: "span" }, panel("Requests", load.node)), panel("Time to first token", first.node), panel("Tokens", tokens.node),
     el("div", { class: "span" }, panel("Backends", box.backends)), el("div", { class: "span" }, panel("Running now", box.running))));

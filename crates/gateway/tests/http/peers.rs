@@ -9,6 +9,7 @@ use crate::{
     demo::Demo,
     support::{MODEL, Server},
 };
+use ashlar_store::{AccountSettings, Accounts, KeySettings};
 use std::{path::Path, process::Output};
 use tokio::process::Command;
 
@@ -44,23 +45,38 @@ async fn the_official_client_is_content() {
     server.stop().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn the_console_shows_itself_in_a_browser() {
-    let demo = Demo::start().await;
+/// Runs `console.py`; false where there is no browser.
+async fn console(url: String, arguments: &[String]) -> bool {
     let temporary = tempfile::tempdir().unwrap();
     let folder = std::env::var("ASHLAR_SCREENSHOTS");
     let folder = folder.as_deref().map_or(temporary.path(), Path::new);
-    let output = Command::new("python3")
-        .arg(script("console.py"))
-        .arg(format!("http://{}/?response={}", demo.server.at, demo.routed))
-        .arg(folder.join("console.png"))
-        .arg("--seeded")
-        .output()
-        .await
-        .unwrap();
+    let mut command = Command::new("python3");
+    command.arg(script("console.py")).arg(url).arg(folder.join("console.png")).args(arguments);
+    let output = command.output().await.unwrap();
     if output.status.code() == Some(3) {
-        return skip("Chromium");
+        skip("Chromium");
+        return false;
     }
     assert!(output.status.success(), "{}", shown(&output));
+    true
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_console_shows_itself_in_a_browser() {
+    let demo = Demo::start().await;
+    console(format!("http://{}/?response={}", demo.server.at, demo.routed), &["--seeded".into()]).await;
     demo.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_opens_the_console_in_a_browser() {
+    let home = tempfile::tempdir().unwrap();
+    let at = home.path().join("accounts.db");
+    let accounts = Accounts::open(AccountSettings::new(at.to_str().unwrap().parse().unwrap())).await.unwrap();
+    let settings = KeySettings { name: "operator".into(), console: true, ..Default::default() };
+    let (_, secret) = accounts.create_key(&settings).await.unwrap();
+    let server = Server::of(|state| (state.accounts, state.config.require_keys) = (Some(accounts), true)).await;
+    assert_eq!(server.get("/ashlar/responses").await.status, 401);
+    console(format!("http://{}", server.at), &[format!("--key={}", secret.reveal())]).await;
+    server.stop().await;
 }
