@@ -64,7 +64,7 @@ fn lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
 }
 
 fn open(files: &Files) -> Result<(Embed, EncoderInfo)> {
-    encoder::open(&EncoderSettings { path: files.encoder.clone(), name: None })
+    encoder::open(&EncoderSettings { path: files.encoder.clone(), name: None, truncatable: false })
 }
 
 fn vectors(embed: &Embed, prompts: &[&str]) -> Result<Vec<Vec<f32>>> {

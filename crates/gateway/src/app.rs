@@ -3,6 +3,7 @@
 use crate::{
     config::Config,
     embed::{Embed, EncoderInfo},
+    mirror::Copies,
     metrics::{BackendGauges, Gauges, Metrics},
     recorder::{Ledger, LiveTable},
     route::{Decisions, Route, Target},
@@ -134,6 +135,7 @@ pub(crate) struct App {
     pub(crate) live: LiveTable,
     pub(crate) decisions: Decisions,
     pub(crate) sessions: Sessions,
+    pub(crate) copies: Copies,
     /// True once answers in flight must end.
     pub(crate) stop: watch::Receiver<bool>,
 }

@@ -142,7 +142,8 @@ async fn live(State(app): Shared) -> Json<Value> {
     Json(body)
 }
 
-/// `{backends, targets, canaries, config}`: each backend's health, each target's load.
+/// `{backends, targets, canaries, mirrors, config}`: each backend's health, each
+/// target's load, what canaries and mirrors have shown.
 async fn backends(State(app): Shared) -> Json<Value> {
     let (table, now) = (app.tables.now(), std::time::Instant::now());
     let nodes = table.nodes.iter().map(|n| {
@@ -165,8 +166,14 @@ async fn backends(State(app): Shared) -> Json<Value> {
         shown["model"] = json!(model);
         shown
     });
+    let mirrors = table.mirrors().map(|(model, mirror)| {
+        let mut shown = mirror.to_json();
+        shown["model"] = json!(model);
+        shown
+    });
     let file = app.tables.file();
     Json(json!({
+        "mirrors": mirrors.collect::<Vec<_>>(),
         "canaries": canaries.collect::<Vec<_>>(),
         "backends": nodes.collect::<Vec<_>>(), "targets": targets.collect::<Vec<_>>(),
         "config": {"reloads": file.reloads, "failures": file.failures, "error": file.error},

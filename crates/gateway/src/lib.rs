@@ -42,7 +42,10 @@ mod head;
 mod health;
 mod intake;
 mod metrics;
+mod mirror;
 mod node;
+mod openapi;
+mod protocol;
 mod quality;
 mod recorder;
 pub mod refusal;
@@ -56,7 +59,7 @@ mod upstream;
 
 pub use app::{GatewayConfig, GatewayState, Rank, Served};
 pub use config::{
-    AccountsSettings, BackendSettings, CanarySettings, Config, ConfigError, EncoderSettings, ModelSettings, Policy, QualitySettings, RetrySettings, RuleSettings,
+    AccountsSettings, BackendSettings, CanarySettings, Config, ConfigError, EncoderSettings, MirrorSettings, ModelSettings, Policy, QualitySettings, RetrySettings, RuleSettings,
     ServerSettings, TargetSettings, TaskSettings,
 };
 pub use embed::{Embed, EncoderId, EncoderInfo};

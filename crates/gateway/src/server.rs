@@ -14,7 +14,9 @@ use crate::{
     error::{Failure, refuse},
     intake,
     metrics::Metrics,
+    mirror::Copies,
     node::Node,
+    openapi, protocol,
     recorder::{Ledger, LiveTable},
     reply::{Form, RESPONSE_ID},
     route::Decisions,
@@ -30,7 +32,7 @@ use axum::{
     extract::{Path, Request, State},
     http::{HeaderMap, Method, StatusCode, Uri, header},
     middleware::{self, Next},
-    response::{IntoResponse as _, Response},
+    response::{IntoResponse, Response},
     routing::{get, post},
     serve::ListenerExt as _,
 };
@@ -103,6 +105,7 @@ pub async fn serve(
         metrics,
         live: LiveTable::default(),
         decisions: Decisions::default(),
+        copies: Copies::default(),
         sessions: Sessions::default(),
         stop,
     });
@@ -134,6 +137,7 @@ pub async fn serve(
         () = closing => Ok(()),
         never = watching => match never {},
     };
+    app.copies.stop().await;
     app.ledger.flush().await;
     if let Some(accounts) = accounts {
         // What cannot be written now is settled by the next to open them.
@@ -143,10 +147,9 @@ pub async fn serve(
 }
 
 /// Reads the configuration file again on SIGHUP, and when it is another than a
-/// second ago. Its bytes are compared, not its times: a mounted file that is a
+/// second ago, and the scores of canaries as they come. Its bytes are compared, not its times: a mounted file that is a
 /// link to a folder that was exchanged has any time.
 async fn watch_file(app: Arc<App>) -> std::convert::Infallible {
-    let Some(path) = app.state.routing_file.clone() else { return std::future::pending().await };
     let mut hangup = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()).ok();
     loop {
         let told = async {
@@ -157,14 +160,23 @@ async fn watch_file(app: Arc<App>) -> std::convert::Infallible {
         };
         // Either way the file is read.
         let _ = tokio::time::timeout(LOOK, told).await;
-        app.tables.read(&app.state, &path).await;
+        if let Some(path) = &app.state.routing_file {
+            app.tables.read(&app.state, path).await;
+        }
+        for (_, canary) in app.tables.now().canaries() {
+            canary.read_scores().await;
+        }
     }
 }
 
 fn router(app: Arc<App>, listen: SocketAddr) -> Router {
-    let mut router = Router::new()
-        .route("/v1/chat/completions", post(chat))
-        .route("/v1/completions", post(complete))
+    let mut router = Router::new();
+    for endpoint in Endpoint::ALL {
+        let handler = move |State(app): Shared, request: Request| async move { answer(&app, endpoint, request).await };
+        router = router.route(endpoint.path(), post(handler));
+    }
+    router = router
+        .route("/openapi.json", get(|| async { Json(openapi::document()) }))
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
         .route("/health", get(health))
@@ -209,7 +221,7 @@ async fn gate(
 
 async fn no_route(method: Method, uri: Uri) -> Failure {
     let path: String = uri.path().chars().take(100).collect();
-    let message = format!("no route {method} {path}; see /v1/models, /v1/chat/completions, /v1/completions, /health, /metrics");
+    let message = format!("no route {method} {path}; see /openapi.json");
     refuse(404, "not_found", message).into()
 }
 
@@ -219,15 +231,14 @@ async fn wrong_method(method: Method, uri: Uri) -> Failure {
     refuse(405, "method_not_allowed", message).into()
 }
 
-async fn chat(State(app): Shared, request: Request) -> Result<Response, Failure> {
-    run(&app, Endpoint::Chat, request).await
+/// Errors in the form of the client's protocol.
+async fn answer(app: &Arc<App>, endpoint: Endpoint, request: Request) -> Response {
+    let response = run(app, endpoint, request).await.unwrap_or_else(IntoResponse::into_response);
+    let failed = response.status().is_client_error() || response.status().is_server_error();
+    if endpoint == Endpoint::Messages && failed { protocol::messages::error_response(response).await } else { response }
 }
 
-async fn complete(State(app): Shared, request: Request) -> Result<Response, Failure> {
-    run(&app, Endpoint::Completions, request).await
-}
-
-/// The one path of every completion endpoint.
+/// The one path of every endpoint.
 async fn run(app: &Arc<App>, endpoint: Endpoint, request: Request) -> Result<Response, Failure> {
     let arrived = Instant::now();
     let (parts, body) = request.into_parts();

@@ -10,6 +10,7 @@ use crate::{
     attempt::{Attempts, Opened},
     door::Entered,
     error::Failure,
+    mirror::Listener,
     recorder::{Intake, Recorder},
     route::{Canary, InFlight, Seen, Target},
     table::{Plan, Table},
@@ -28,6 +29,8 @@ pub(crate) struct Session {
     target: Option<Arc<Target>>,
     flight: Option<InFlight>,
     canary: Option<(Arc<Canary>, bool)>,
+    /// Compares the answer with a copy's.
+    mirror: Option<Listener>,
     pieces: Option<Pieces>,
     /// Read ahead so that an early failure still has its HTTP status.
     ready: VecDeque<Piece>,
@@ -89,6 +92,7 @@ impl Session {
             target: None,
             flight: None,
             canary: None,
+            mirror: None,
             pieces: None,
             ready: VecDeque::new(),
             last: None,
@@ -105,6 +109,9 @@ impl Session {
         })?;
         match opened {
             Ok(opened) => {
+                let route = plan.stages.iter().find(|s| s.route.name == opened.model).map(|s| &s.route);
+                let mirror = route.and_then(|r| r.mirror.as_ref());
+                session.mirror = mirror.and_then(|m| Listener::draw(app, table, m, ask, &id));
                 session.take(opened).await;
                 Ok(session)
             }
@@ -147,6 +154,9 @@ impl Session {
 
     async fn note(&mut self, piece: &Piece, at: std::time::Instant) {
         self.recorder.note(piece, at).await;
+        if let Some(mirror) = &mut self.mirror {
+            mirror.note(piece, at);
+        }
         if let Piece::Done(end) = piece {
             if let Some(target) = &self.target {
                 target.load.answered(end.tokens.completion());
@@ -154,6 +164,9 @@ impl Session {
             }
             if let Some((canary, drawn)) = self.canary.as_ref().filter(|_| self.recorder.refused()) {
                 canary.seen(*drawn, Seen::Refused);
+            }
+            if let Some(mirror) = &mut self.mirror {
+                mirror.ended(end.tokens.completion(), self.recorder.refused());
             }
             (self.pieces, self.flight) = (None, None);
         }

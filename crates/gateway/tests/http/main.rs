@@ -1,8 +1,10 @@
 //! The server as clients meet it, over sockets, with a scripted backend and a
 //! real store.
 
+mod endpoints;
 mod mock;
 mod peers;
+mod releases;
 mod support;
 mod upstreams;
 
