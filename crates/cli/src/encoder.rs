@@ -29,7 +29,7 @@ pub(crate) fn open(settings: &EncoderSettings) -> Result<(Embed, EncoderInfo)> {
     let tokens = move |text: &str| {
         words.encode_framed(text).map_err(|e| ApiError::bad_request(e.to_string(), Some("input"), None))
     };
-    let info = EncoderInfo { id, context: u32::try_from(context)?, tokens: Arc::new(tokens) };
+    let info = EncoderInfo { id, context: u32::try_from(context)?, truncatable: settings.truncatable, tokens: Arc::new(tokens) };
     let embed = move |texts: &[&str]| {
         let mut ids = Vec::with_capacity(texts.len());
         for text in texts {

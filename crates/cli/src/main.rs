@@ -88,7 +88,7 @@ enum Verb {
         #[command(flatten)]
         engine: serve::EngineArgs,
     },
-    /// Look at what the gateway would do.
+    /// Look at what the gateway would do, and train what it routes by.
     Gateway {
         #[command(subcommand)]
         what: GatewayVerb,

@@ -64,7 +64,7 @@ pub(crate) fn lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
 }
 
 pub(crate) fn open(files: &Files) -> Result<(Embed, EncoderInfo)> {
-    encoder::open(&EncoderSettings { path: files.encoder.clone(), name: None })
+    encoder::open(&EncoderSettings { path: files.encoder.clone(), name: None, truncatable: false })
 }
 
 pub(crate) fn vectors(embed: &Embed, prompts: &[&str]) -> Result<Vec<Vec<f32>>> {

@@ -6,6 +6,7 @@ use crate::{
     ledger::Ledger,
     listener::Connections,
     metrics::{BackendGauges, Gauges, Metrics, ProcessGauges},
+    mirror::Copies,
     recorder::LiveTable,
     series::Series,
     route::{Decisions, Route, Target},
@@ -160,6 +161,7 @@ pub(crate) struct App {
     /// The server was told to stop.
     pub(crate) draining: AtomicBool,
     pub(crate) sessions: Sessions,
+    pub(crate) copies: Copies,
     /// What the guard counts and knows of users.
     pub(crate) guard: Arc<crate::guard::Shared>,
     /// True once answers in flight must end.

@@ -9,7 +9,7 @@
 //! What may not happen here: a field given twice (one would be lost), or a
 //! field that no one sees (`upstream::dialect` refuses what is not passed on).
 
-use crate::upstream::Call;
+use crate::{protocol, upstream::Call};
 use ashlar_api::ApiError;
 use axum::http::HeaderMap;
 use bytes::Bytes;
@@ -29,22 +29,68 @@ const BYTES_PER_TOKEN: usize = 4;
 pub(crate) enum Endpoint {
     Chat,
     Completions,
+    /// Anthropic's, a chat request inside.
+    Messages,
+    /// OpenAI's later one, a chat request inside.
+    Responses,
+    Embeddings,
+    Rerank,
+    Tokenize,
+    Detokenize,
 }
 
 impl Endpoint {
+    /// All that are served.
+    pub(crate) const ALL: [Self; 8] = [
+        Self::Chat, Self::Completions, Self::Messages, Self::Responses, Self::Embeddings, Self::Rerank, Self::Tokenize,
+        Self::Detokenize,
+    ];
+
     /// Our route, as the ledger names it.
     pub(crate) const fn path(self) -> &'static str {
         match self {
             Self::Chat => "/v1/chat/completions",
             Self::Completions => "/v1/completions",
+            Self::Messages => "/v1/messages",
+            Self::Responses => "/v1/responses",
+            Self::Embeddings => "/v1/embeddings",
+            Self::Rerank => "/v1/rerank",
+            Self::Tokenize => "/v1/tokenize",
+            Self::Detokenize => "/v1/detokenize",
         }
     }
 
-    /// The route below an upstream's base address.
+    /// Our route in the ledger's name of a copy.
+    pub(crate) const fn mirrored(self) -> &'static str {
+        match self {
+            Self::Chat => "mirror:/v1/chat/completions",
+            Self::Completions => "mirror:/v1/completions",
+            Self::Messages => "mirror:/v1/messages",
+            Self::Responses => "mirror:/v1/responses",
+            Self::Embeddings => "mirror:/v1/embeddings",
+            Self::Rerank => "mirror:/v1/rerank",
+            Self::Tokenize => "mirror:/v1/tokenize",
+            Self::Detokenize => "mirror:/v1/detokenize",
+        }
+    }
+
+    /// The one that a backend is asked at.
+    pub(crate) const fn inner(self) -> Self {
+        match self {
+            Self::Messages | Self::Responses => Self::Chat,
+            own => own,
+        }
+    }
+
+    /// The route at an upstream, in the form of `Dialect::default_probe`.
     pub(crate) const fn tail(self) -> &'static str {
         match self {
-            Self::Chat => "/chat/completions",
+            Self::Chat | Self::Messages | Self::Responses => "/chat/completions",
             Self::Completions => "/completions",
+            Self::Embeddings => "/embeddings",
+            Self::Rerank => "/rerank",
+            Self::Tokenize => "//tokenize",
+            Self::Detokenize => "//detokenize",
         }
     }
 
@@ -53,15 +99,28 @@ impl Endpoint {
         match self {
             Self::Chat => "chatcmpl",
             Self::Completions => "cmpl",
+            Self::Messages => "msg",
+            Self::Responses => "resp",
+            Self::Embeddings => "embd",
+            Self::Rerank => "rerank",
+            Self::Tokenize | Self::Detokenize => "tok",
         }
     }
 
-    /// The field that holds the prompt.
+    /// The field that holds the prompt, once it is translated.
     pub(crate) const fn prompt(self) -> &'static str {
         match self {
-            Self::Chat => "messages",
-            Self::Completions => "prompt",
+            Self::Chat | Self::Messages | Self::Responses => "messages",
+            Self::Completions | Self::Tokenize => "prompt",
+            Self::Embeddings => "input",
+            Self::Rerank => "documents",
+            Self::Detokenize => "tokens",
         }
+    }
+
+    /// Whether tokens are generated, and the answer can be streamed.
+    pub(crate) const fn streams(self) -> bool {
+        matches!(self.inner(), Self::Chat | Self::Completions)
     }
 }
 
@@ -116,17 +175,26 @@ impl<'de> Deserialize<'de> for Fields<'de> {
 struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
 
 impl Ask {
-    /// Scans `body`.
+    /// Reads `body`; other protocols' become the chat request they stand for.
     ///
     /// # Errors
-    /// 400 for what is no JSON object, a field given twice, and a `model`,
-    /// `stream` or `stream_options` of the wrong type.
+    /// 400 for what is no JSON object, a field given twice, a `model`, `stream`
+    /// or `stream_options` of the wrong type, and what cannot be translated.
     pub(crate) fn read(
         endpoint: Endpoint,
         headers: HeaderMap,
         body: Bytes,
         arrived: Instant,
     ) -> Result<Self, ApiError> {
+        let body = match endpoint {
+            Endpoint::Messages => protocol::messages::to_chat(&body)?.into(),
+            Endpoint::Responses => protocol::responses::to_chat(&body)?.into(),
+            _ => body,
+        };
+        Self::scan(endpoint, headers, body, arrived)
+    }
+
+    fn scan(endpoint: Endpoint, headers: HeaderMap, body: Bytes, arrived: Instant) -> Result<Self, ApiError> {
         let bad = |e: &dyn fmt::Display| {
             let message = format!("the body is not the JSON object expected: {e}");
             ApiError::bad_request(message, None, Some("invalid_json"))
@@ -178,7 +246,12 @@ impl Ask {
                 }
             };
         }
-        if ask.raw(endpoint.prompt()).is_none() {
+        if ask.stream && !endpoint.streams() {
+            let message = format!("stream is not supported here: {} answers at once", endpoint.path());
+            return Err(ApiError::bad_request(message, Some("stream"), Some("unsupported_parameter")));
+        }
+        let other = (endpoint == Endpoint::Tokenize).then_some("messages").and_then(|f| ask.raw(f));
+        if ask.raw(endpoint.prompt()).or(other).is_none() {
             return Err(missing(endpoint.prompt()));
         }
         Ok(ask)
@@ -226,7 +299,7 @@ impl Ask {
             body.push_str(raw);
         }
         body.push('}');
-        Self::read(self.endpoint, self.headers, body.into(), self.arrived)
+        Self::scan(self.endpoint, self.headers, body.into(), self.arrived)
     }
 
     pub(crate) fn body(&self) -> &Bytes {
@@ -241,7 +314,7 @@ impl Ask {
 
     /// The prompt's JSON: what a prefix cache would see first, in essence.
     pub(crate) fn prompt(&self) -> &str {
-        self.raw(self.endpoint.prompt()).unwrap_or("")
+        self.raw(self.endpoint.prompt()).or_else(|| self.raw("messages")).unwrap_or("")
     }
 
     /// What is asked, as text: the last turn of the user, or the prompt.
@@ -259,6 +332,9 @@ impl Ask {
 
     /// Most tokens the client lets be generated.
     pub(crate) fn max_tokens(&self) -> Option<u32> {
+        if !self.endpoint.streams() {
+            return Some(0);
+        }
         let read = |name| self.raw(name).and_then(|raw| raw.parse().ok());
         read("max_completion_tokens").or_else(|| read("max_tokens"))
     }

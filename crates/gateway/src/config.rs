@@ -155,6 +155,10 @@ pub struct EncoderSettings {
     /// Its name for clients. Left out: the folder's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    /// It was trained so that the beginnings of its vectors are vectors, too
+    /// (Matryoshka, Kusupati et al. 2022): `dimensions` of a request may be fewer.
+    #[serde(default)]
+    pub truncatable: bool,
 }
 
 /// `[retry]`.
@@ -315,6 +319,9 @@ pub struct ModelSettings {
     /// against a block of running work. Left out: 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefill_scale: Option<f64>,
+    /// A target that gets copies of a share of requests, and answers no one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mirror: Option<MirrorSettings>,
     /// For the task policy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub task: Option<TaskSettings>,
@@ -336,6 +343,7 @@ impl Default for ModelSettings {
             context: None,
             canary: None,
             prefill_scale: None,
+            mirror: None,
             task: None,
             quality: None,
         }
@@ -354,6 +362,30 @@ pub struct CanarySettings {
     /// Probability of taking it back though it is no worse.
     #[serde(default = "one_in_a_hundred")]
     pub alpha: f64,
+    /// JSON lines `{"canary": 0.8, "incumbent": 0.9}`, both 0 to 1: scores of
+    /// both on the same prompts, read as an evaluation appends them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scores: Option<PathBuf>,
+}
+
+/// `[models.NAME.mirror]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MirrorSettings {
+    /// The backend that gets the copies; it need not be a target's.
+    pub backend: String,
+    /// What it calls the model. Left out: as here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// Probability of a request to be copied.
+    pub share: f64,
+    /// Copies under way at once; beyond it requests are not copied.
+    #[serde(default = "sixteen")]
+    pub queue: usize,
+}
+
+const fn sixteen() -> usize {
+    16
 }
 
 const fn one_in_a_hundred() -> f64 {

@@ -40,6 +40,8 @@ pub struct EncoderInfo {
     pub id: EncoderId,
     /// Tokens of a text that fit.
     pub context: u32,
+    /// Whether its vectors may be cut to fewer dimensions.
+    pub truncatable: bool,
     /// The tokens of a text, those around it included.
     ///
     /// # Errors

@@ -50,7 +50,10 @@ mod ledger;
 mod listener;
 mod machine;
 mod metrics;
+mod mirror;
 mod node;
+mod openapi;
+mod protocol;
 mod quality;
 mod recorder;
 pub mod refusal;
@@ -68,7 +71,7 @@ mod watch;
 
 pub use app::{GatewayConfig, GatewayState, Rank, Served};
 pub use config::{
-    AccountsSettings, BackendSettings, CanarySettings, Config, ConfigError, EncoderSettings, ModelSettings, Policy, QualitySettings, RetrySettings, RuleSettings,
+    AccountsSettings, BackendSettings, CanarySettings, Config, ConfigError, EncoderSettings, MirrorSettings, ModelSettings, Policy, QualitySettings, RetrySettings, RuleSettings,
     ServerSettings, TargetSettings, TaskSettings, TelemetrySettings,
 };
 pub use embed::{Embed, EncoderId, EncoderInfo};

@@ -2,9 +2,10 @@
 
 use crate::{
     config::{BackendSettings, ConfigError},
+    embed::{Embed, EncoderInfo},
     health::{Health, HealthSettings, Unfit},
     machine::Machine,
-    upstream::{Anthropic, Dialect, Link, LinkSettings, Local, OpenAi, Upstream, UpstreamError},
+    upstream::{Anthropic, Dialect, Encode, Link, LinkSettings, Local, OpenAi, Upstream, UpstreamError},
 };
 use ashlar_api::Backend;
 use std::{
@@ -46,6 +47,13 @@ impl Node {
     /// The engine in this process.
     pub(crate) fn engine(backend: Arc<dyn Backend>) -> Self {
         Self::of(backend.name().to_owned(), Dialect::Engine, Box::new(Local(backend)), health(&BackendSettings::default()), None)
+    }
+
+    /// The encoder in this process.
+    pub(crate) fn encoder(embed: Embed, info: EncoderInfo) -> Self {
+        let (name, created) = (info.id.name.clone(), ashlar_core::clock::now_ms() / 1000);
+        let upstream = Box::new(Encode { embed, info, created });
+        Self::of(name, Dialect::Engine, upstream, health(&BackendSettings::default()), None)
     }
 
     /// For tests of what does not send.

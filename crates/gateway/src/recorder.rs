@@ -72,8 +72,9 @@ impl LiveTable {
         f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Those that a client waits for: copies take no one's place.
     pub(crate) fn len(&self) -> usize {
-        self.with(|t| t.len())
+        self.with(|t| t.keys().filter(|id| !id.starts_with(crate::mirror::PREFIX)).count())
     }
 
     pub(crate) fn to_json(&self) -> serde_json::Value {

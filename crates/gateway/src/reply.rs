@@ -7,6 +7,7 @@
 use crate::{
     ask::{Ask, Endpoint},
     error::{self, Failure},
+    protocol::{self, Protocol},
     session::Session,
     upstream::{Chunk, End, Piece, json_string},
 };
@@ -26,6 +27,8 @@ pub(crate) const RESPONSE_ID: HeaderName = HeaderName::from_static("x-ashlar-res
 /// How answers to one call are spelt.
 pub(crate) struct Form {
     chat: bool,
+    /// Another protocol than the two that are written here.
+    other: Option<Box<dyn Protocol>>,
     stream: bool,
     include_usage: bool,
     id: String,
@@ -41,18 +44,24 @@ pub(crate) struct Form {
 impl Form {
     pub(crate) fn of(ask: &Ask, session: &Session) -> Self {
         let (id, model) = (session.id(), session.model());
+        let created = ashlar_core::clock::now_ms() / 1000;
         let mut head = String::from("\"id\":");
         json_string(&mut head, id);
         head.push_str(",\"model\":");
         json_string(&mut head, model);
         Self {
             chat: ask.endpoint == Endpoint::Chat,
+            other: match ask.endpoint {
+                Endpoint::Messages => Some(Box::new(protocol::messages::Reply::new(id, model))),
+                Endpoint::Responses => Some(Box::new(protocol::responses::Reply::new(id, model, created))),
+                _ => None,
+            },
             stream: ask.stream,
             include_usage: ask.include_usage,
             id: id.to_owned(),
             model: model.to_owned(),
             head,
-            created: ashlar_core::clock::now_ms() / 1000,
+            created,
             theirs: false,
             usage_sent: false,
         }
@@ -84,6 +93,9 @@ impl Form {
 
     /// What a piece puts on the wire, perhaps nothing.
     fn frames(&mut self, piece: Piece) -> Vec<u8> {
+        if let Some(other) = &mut self.other {
+            return other.take(&piece);
+        }
         let (id, at, model) = (&self.id, self.created, &self.model);
         let mut out = Vec::new();
         match piece {
@@ -153,7 +165,16 @@ impl Form {
         Ok(response)
     }
 
-    async fn collected(self, mut session: Session) -> Result<Response, ApiError> {
+    async fn collected(mut self, mut session: Session) -> Result<Response, ApiError> {
+        if let Some(mut other) = self.other.take() {
+            loop {
+                let piece = session.next().await?;
+                other.take(&piece);
+                if matches!(piece, Piece::Done(_)) {
+                    return Ok(axum::Json(other.whole()).into_response());
+                }
+            }
+        }
         let (mut answer, mut whole) = (String::new(), None);
         let end = loop {
             match session.next().await? {
@@ -179,7 +200,7 @@ impl Form {
     }
 
     fn streamed(self, session: Session) -> Response {
-        let opening = if session.is_engine() { self.opening() } else { Vec::new() };
+        let opening = if session.is_engine() && self.other.is_none() { self.opening() } else { Vec::new() };
         let rest = futures::stream::unfold(Some((self, session)), |state| async move {
             let (mut form, mut session) = state?;
             loop {
@@ -196,7 +217,10 @@ impl Form {
                     }
                     Err(e) => {
                         let mut out = Vec::new();
-                        frame(&mut out, &e.body());
+                        match &mut form.other {
+                            Some(other) => out = other.error(&e),
+                            None => frame(&mut out, &e.body()),
+                        }
                         return Some((out, None));
                     }
                 }

@@ -18,7 +18,9 @@ use crate::{
     ledger::Ledger,
     listener::{self, Arrived, Connections},
     metrics::Metrics,
+    mirror::Copies,
     node::Node,
+    openapi, protocol,
     recorder::{self, LiveTable},
     reply::{Form, RESPONSE_ID},
     route::Decisions,
@@ -38,7 +40,7 @@ use axum::{
     extract::{Path, Request, State},
     http::{HeaderMap, Method, StatusCode, Uri, header},
     middleware::{self, Next},
-    response::{IntoResponse as _, Response},
+    response::{IntoResponse, Response},
     routing::{get, post},
 };
 use serde_json::json;
@@ -116,6 +118,7 @@ pub async fn serve(
         live: LiveTable::default(),
         series: Series::new(),
         decisions: Decisions::default(),
+        copies: Copies::default(),
         telemetry: Telemetry::default(),
         tls: Arc::new(tls),
         connections: Arc::new(Connections::default()),
@@ -154,6 +157,7 @@ pub async fn serve(
         never = burying => match never {},
         never = forgetting => match never {},
     }
+    app.copies.stop().await;
     app.telemetry.flush().await;
     if let Some(accounts) = accounts {
         // What cannot be written now is settled by the next to open them.
@@ -194,6 +198,9 @@ async fn watch_files(app: Arc<App>) -> std::convert::Infallible {
         }
         app.tls.follow(&app.tables.now().config.server);
         follow_telemetry(&app);
+        for (_, canary) in app.tables.now().canaries() {
+            canary.read_scores().await;
+        }
     }
 }
 
@@ -207,10 +214,14 @@ async fn record_left(app: Arc<App>) -> std::convert::Infallible {
 }
 
 fn router(app: Arc<App>, listen: SocketAddr) -> Router {
-    let mut router = Router::new()
-        .route("/v1/chat/completions", post(chat))
-        .route("/v1/completions", post(complete))
+    let mut router = Router::new();
+    for endpoint in Endpoint::ALL {
+        let handler = move |State(app): Shared, request: Request| async move { answer(&app, endpoint, request).await };
+        router = router.route(endpoint.path(), post(handler));
+    }
+    router = router
         .route("/v1/moderations", post(moderate))
+        .route("/openapi.json", get(|| async { Json(openapi::document()) }))
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
         .route("/health", get(health))
@@ -268,7 +279,7 @@ async fn gate(
 
 async fn no_route(method: Method, uri: Uri) -> Failure {
     let path: String = uri.path().chars().take(100).collect();
-    let message = format!("no route {method} {path}; see /v1/models, /v1/chat/completions, /v1/completions, /v1/moderations, /health, /livez, /metrics");
+    let message = format!("no route {method} {path}; see /openapi.json");
     refuse(404, "not_found", message).into()
 }
 
@@ -278,15 +289,14 @@ async fn wrong_method(method: Method, uri: Uri) -> Failure {
     refuse(405, "method_not_allowed", message).into()
 }
 
-async fn chat(State(app): Shared, request: Request) -> Result<Response, Failure> {
-    run(&app, Endpoint::Chat, request).await
+/// Errors in the form of the client's protocol.
+async fn answer(app: &Arc<App>, endpoint: Endpoint, request: Request) -> Response {
+    let response = run(app, endpoint, request).await.unwrap_or_else(IntoResponse::into_response);
+    let failed = response.status().is_client_error() || response.status().is_server_error();
+    if endpoint == Endpoint::Messages && failed { protocol::messages::error_response(response).await } else { response }
 }
 
-async fn complete(State(app): Shared, request: Request) -> Result<Response, Failure> {
-    run(&app, Endpoint::Completions, request).await
-}
-
-/// The one path of every completion endpoint.
+/// The one path of every endpoint.
 async fn run(app: &Arc<App>, endpoint: Endpoint, request: Request) -> Result<Response, Failure> {
     let arrived = Arrived::of(&request);
     let (parts, body) = request.into_parts();

@@ -11,6 +11,7 @@ use crate::{
     door::Entered,
     error::Failure,
     guard::{Answer, Guarded},
+    mirror::Listener,
     recorder::{Intake, Recorder},
     route::{Canary, InFlight, Seen, Target},
     table::{Plan, Table},
@@ -31,6 +32,8 @@ pub(crate) struct Session {
     target: Option<Arc<Target>>,
     flight: Option<InFlight>,
     canary: Option<(Arc<Canary>, bool)>,
+    /// Compares the answer with a copy's.
+    mirror: Option<Listener>,
     pieces: Option<Pieces>,
     /// Through which every piece passes; `None` where no policy holds.
     guard: Option<Answer>,
@@ -98,6 +101,7 @@ impl Session {
             target: None,
             flight: None,
             canary: None,
+            mirror: None,
             pieces: None,
             guard: guarded.answer(ask),
             ready: VecDeque::new(),
@@ -124,6 +128,9 @@ impl Session {
         })?;
         match opened {
             Ok(opened) => {
+                let route = plan.stages.iter().find(|s| s.route.name == opened.model).map(|s| &s.route);
+                let mirror = route.and_then(|r| r.mirror.as_ref());
+                session.mirror = mirror.and_then(|m| Listener::draw(app, table, m, ask, &id));
                 let taken = session.take(opened).await;
                 taken.map_err(|error| Failure { error, response_id: Some(id) })?;
                 Ok(session)
@@ -207,6 +214,9 @@ impl Session {
         // As of now: what came before the admission was written waited for it.
         self.recorder.note(piece, std::time::Instant::now()).await;
         self.seen.piece(piece, at);
+        if let Some(mirror) = &mut self.mirror {
+            mirror.note(piece, at);
+        }
         if let Piece::Done(end) = piece {
             if self.recorder.refused() {
                 self.seen.refused();
@@ -217,6 +227,9 @@ impl Session {
             }
             if let Some((canary, drawn)) = self.canary.as_ref().filter(|_| self.recorder.refused()) {
                 canary.seen(*drawn, Seen::Refused);
+            }
+            if let Some(mirror) = &mut self.mirror {
+                mirror.ended(end.tokens.completion(), self.recorder.refused());
             }
             (self.pieces, self.flight) = (None, None);
         }

@@ -12,6 +12,7 @@ use crate::{
     ask::Ask,
     config::{Config, ConfigError, ModelSettings, Policy, RetrySettings},
     guard::Guard,
+    mirror::Mirror,
     node::Node,
     route::{Budget, Canary, Choice, Decision, Fit, Load, PrefixIndex, Route, Rule, Target, random},
     upstream::Dialect,
@@ -98,6 +99,10 @@ impl Table {
             let same = old.and_then(|t| t.nodes.get(nodes.len())).cloned();
             nodes.push(same.unwrap_or_else(|| Arc::new(Node::engine(backend.clone()))));
         }
+        if let (Some(embed), Some(info)) = (&state.embed, &state.encoder) {
+            let same = old.and_then(|t| t.nodes.get(nodes.len())).cloned();
+            nodes.push(same.unwrap_or_else(|| Arc::new(Node::encoder(embed.clone(), info.clone()))));
+        }
         let mut named: BTreeMap<String, Arc<Node>> = nodes.iter().rev().map(|n| (n.name.clone(), n.clone())).collect();
         for (name, settings) in &config.backends {
             if settings.kind == Some(Dialect::Engine) {
@@ -130,6 +135,19 @@ impl Table {
                 let same = before.filter(|b| b.settings == *c);
                 same.unwrap_or_else(|| Arc::new(Canary::new(c.clone())))
             });
+            if let Some(m) = &settings.mirror {
+                let node = named.get(&m.backend).ok_or_else(|| ConfigError::Invalid {
+                    path: format!("models.{name}.mirror.backend"),
+                    why: format!("there is no backend {:?}", m.backend),
+                })?;
+                let before = old.and_then(|t| t.routes.get(name)?.mirror.clone());
+                // What was compared goes on being counted while it is the same.
+                let same = before.filter(|b| b.settings == *m && Arc::ptr_eq(&b.target.node, node));
+                route.mirror = Some(same.unwrap_or_else(|| {
+                    let model = model_on(node, m.model.as_ref(), name);
+                    Arc::new(Mirror::new(m.clone(), Arc::new(target(node, &model, 0.0, state.prices.clone(), &loads))))
+                }));
+            }
             routes.insert(name.clone(), Arc::new(route));
             aliases.extend(settings.aliases.iter().map(|a| (a.clone(), name.clone())));
         }
@@ -180,6 +198,11 @@ impl Table {
         self.routes.values().filter_map(|r| Some((r.name.as_str(), r.canary.as_deref()?)))
     }
 
+    /// All mirrors with their models' names.
+    pub(crate) fn mirrors(&self) -> impl Iterator<Item = (&str, &Mirror)> {
+        self.routes.values().filter_map(|r| Some((r.name.as_str(), r.mirror.as_deref()?)))
+    }
+
     /// All configured targets with their routes.
     pub(crate) fn targets(&self) -> impl Iterator<Item = (&Arc<Route>, &Arc<Target>)> {
         self.routes.values().flat_map(|r| r.targets.iter().map(move |t| (r, t)))
@@ -225,6 +248,7 @@ impl Table {
             prefix: self.prefix.clone(),
             canary: None,
             fit: None,
+            mirror: None,
         }))
     }
 
@@ -281,6 +305,13 @@ fn load(loads: &Loads, backend: &str, model: &str) -> Arc<Load> {
     loads.entry((backend.to_owned(), model.to_owned())).or_default().clone()
 }
 
+/// What `node` calls the model that is `name` here.
+fn model_on(node: &Node, given: Option<&String>, name: &str) -> String {
+    // An engine serves one model, whatever it is called here.
+    let own = || node.upstream.models().into_iter().next().map(|m| m.id);
+    given.cloned().or_else(own).unwrap_or_else(|| name.to_owned())
+}
+
 fn target(node: &Arc<Node>, model: &str, weight: f64, prices: Option<Arc<PriceList>>, loads: &Loads) -> Target {
     let mut key = DefaultHasher::new();
     (&node.name, model).hash(&mut key);
@@ -308,9 +339,7 @@ fn route(
             path: format!("models.{name}.targets[{i}].backend"),
             why: format!("there is no backend {:?}", t.backend),
         })?;
-        // An engine serves one model, whatever it is called here.
-        let own = node.upstream.models().into_iter().next().map(|m| m.id);
-        let model = t.model.clone().or(own).unwrap_or_else(|| name.to_owned());
+        let model = model_on(node, t.model.as_ref(), name);
         targets.push(Arc::new(target(node, &model, t.weight, prices.cloned(), loads)));
     }
     let mut rules = Vec::new();
@@ -333,6 +362,7 @@ fn route(
         prefix: prefix.clone(),
         canary: None,
         fit: None,
+        mirror: None,
     })
 }
 

@@ -164,6 +164,7 @@ mod tests {
             .collect();
         let ends: Vec<Ended> = (1..n)
             .map(|i| Ended {
+                admission: None,
                 id: format!("r-{i:05}"),
                 settlement: Settlement {
                     finish: if i % 10 == 0 { "error" } else { "stop" }.into(),

@@ -65,8 +65,24 @@ pub struct Settlement {
     pub error: Option<String>,
     /// What the guard did: a JSON array of `{policy, stage, action, kind, score,
     /// released_chars, count}`; `None` when it did nothing.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "as_json")]
     pub guard: Option<String>,
+}
+
+/// JSON that is kept as text, read and written as the JSON it is.
+mod as_json {
+    use serde::{Deserialize as _, Deserializer, Serialize as _, Serializer};
+    use serde_json::Value;
+
+    pub(super) fn serialize<S: Serializer>(text: &Option<String>, to: S) -> Result<S::Ok, S::Error> {
+        // What does not parse is shown as the text it is.
+        let value = text.as_ref().map(|t| serde_json::from_str(t).unwrap_or_else(|_| Value::from(t.as_str())));
+        value.serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
+        Ok(Option::<Value>::deserialize(from)?.map(|v| v.to_string()))
+    }
 }
 
 /// Who answered. Where it is another than was admitted, the row names it in place

@@ -154,6 +154,16 @@ impl Config {
                 }
             }
         }
+        if let Some(mirror) = &m.mirror {
+            if !self.backends.contains_key(&mirror.backend) {
+                let known = self.backends.keys().map(String::as_str).collect();
+                return invalid("mirror.backend".into(), unknown("backend", &mirror.backend, known));
+            }
+            if !(mirror.share > 0.0 && mirror.share <= 1.0) || !(1..=4096).contains(&mirror.queue) {
+                let why = format!("share must be above 0 and at most 1, queue between 1 and 4096, got {} and {}", mirror.share, mirror.queue);
+                return invalid("mirror".into(), why);
+            }
+        }
         super::fit::check(name, m, self.encoder.is_some())?;
         if let Some(s) = m.hedge_after_s {
             positive(&format!("models.{name}.hedge_after_s"), s)?;

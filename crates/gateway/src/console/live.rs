@@ -61,8 +61,14 @@ pub(super) async fn backends(State(app): Shared) -> Json<Value> {
         shown["model"] = json!(model);
         shown
     });
+    let mirrors = table.mirrors().map(|(model, mirror)| {
+        let mut shown = mirror.to_json();
+        shown["model"] = json!(model);
+        shown
+    });
     let file = app.tables.file();
     Json(json!({
+        "mirrors": mirrors.collect::<Vec<_>>(),
         "canaries": canaries.collect::<Vec<_>>(),
         "backends": nodes.collect::<Vec<_>>(), "targets": targets.collect::<Vec<_>>(),
         "config": {"reloads": file.reloads, "failures": file.failures, "error": file.error},

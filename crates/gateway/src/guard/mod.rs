@@ -147,10 +147,11 @@ impl Guarded {
         self.refused.clone()
     }
 
-    /// The guard of the answer.
+    /// The guard of the answer. Where no model writes, there is none: vectors and
+    /// scores are no text, and what tokens spell is the client's own.
     pub(crate) fn answer(&self, ask: &Ask) -> Option<Answer> {
-        let active = self.active.clone().filter(|a| !a.idle())?;
-        Some(Answer::new(active, ask.stream, ask.endpoint == Endpoint::Chat, ask.prompt_estimate()))
+        let active = self.active.clone().filter(|a| !a.idle() && ask.endpoint.streams())?;
+        Some(Answer::new(active, ask.stream, ask.endpoint.inner() == Endpoint::Chat, ask.prompt_estimate()))
     }
 
     /// Writes down what counts against the end user.

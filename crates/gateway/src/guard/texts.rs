@@ -96,9 +96,9 @@ pub(super) fn each(fields: &mut [(String, Value)], mut each: impl FnMut(&str) ->
 /// the prompt. What a system message says is the operator's own.
 pub(super) fn said(fields: &[(String, Value)]) -> Vec<String> {
     let mut out = Vec::new();
-    for (name, value) in fields.iter().filter(|(n, _)| matches!(n.as_str(), "messages" | "prompt" | "input")) {
+    for (name, value) in fields.iter().filter(|(n, _)| matches!(n.as_str(), "messages" | "prompt" | "input" | "query" | "documents")) {
         let mut value = match (name.as_str(), value) {
-            ("messages" | "input", Value::Array(all)) => {
+            ("messages" | "input" | "documents", Value::Array(all)) => {
                 let theirs = |m: &&Value| !matches!(m["role"].as_str(), Some("system" | "developer" | "assistant"));
                 all.iter().filter(theirs).map(|m| m.get("content").unwrap_or(m).clone()).collect()
             }
@@ -117,7 +117,7 @@ pub(super) fn said(fields: &[(String, Value)]) -> Vec<String> {
 
 /// Whether the prompt is given as token ids, which no one here can read.
 pub(super) fn unreadable(ask: &Ask) -> Option<&'static str> {
-    ["prompt", "input"].into_iter().find(|name| {
+    ["prompt", "input", "tokens"].into_iter().find(|name| {
         let raw = ask.raw(name).unwrap_or("");
         raw.starts_with('[') && raw.bytes().any(|b| b.is_ascii_digit()) && serde_json::from_str::<Value>(raw).is_ok_and(|v| numbers(&v))
     })

@@ -6,7 +6,9 @@
 //! sequential one (an e-process, a mixture of likelihood ratios over several odds;
 //! Ville's inequality bounds its false alarms), so that it may be looked at after
 //! each request and stopped at any. The same holds of slow first tokens and of
-//! refusals; the three share the error probability (Bonferroni).
+//! refusals. Where an evaluation gives scores of both on the same prompts, a bet
+//! on the incumbent being better grows when it is (Waudby-Smith and Ramdas 2024,
+//! with fixed stakes). The tests share the error probability (Bonferroni).
 //!
 //! What may not happen here: a retry or a fallback is counted, which no draw
 //! assigned; or a canary that was taken back comes again by itself.
@@ -59,8 +61,51 @@ pub(crate) enum Seen {
     Refused,
 }
 
+/// Stakes of the bet that the incumbent scores higher.
+const STAKES: [f64; 5] = [0.1, 0.25, 0.5, 0.75, 0.95];
+
+/// Evidence that the incumbent's scores are higher on average.
+#[derive(Debug, Clone, Default)]
+struct Scores {
+    log: [f64; STAKES.len()],
+    pairs: u64,
+    sums: (f64, f64),
+    /// Bytes of the file that were read.
+    read: usize,
+    /// What of it could not be.
+    error: Option<String>,
+}
+
+impl Scores {
+    fn pair(&mut self, canary: f64, incumbent: f64) {
+        // Fair or better for the canary, each factor is at most 1 on average.
+        for (log, stake) in self.log.iter_mut().zip(STAKES) {
+            *log += (stake * (incumbent - canary)).ln_1p();
+        }
+        self.pairs += 1;
+        self.sums = (self.sums.0 + canary, self.sums.1 + incumbent);
+    }
+
+    fn value(&self) -> f64 {
+        self.log.iter().map(|l| l.exp()).sum::<f64>() / STAKES.len() as f64
+    }
+
+    fn means(&self) -> (f64, f64) {
+        let n = self.pairs.max(1) as f64;
+        (self.sums.0 / n, self.sums.1 / n)
+    }
+}
+
+/// A line of the scores' file.
+#[derive(serde::Deserialize)]
+struct Line {
+    canary: f64,
+    incumbent: f64,
+}
+
 #[derive(Debug)]
 struct State {
+    scores: Scores,
     failures: Evidence,
     slow: Evidence,
     refusals: Evidence,
@@ -81,6 +126,7 @@ impl Canary {
     pub(crate) fn new(settings: CanarySettings) -> Self {
         let evidence = || Evidence::new(settings.share);
         let state = State {
+            scores: Scores::default(),
             failures: evidence(),
             slow: evidence(),
             refusals: evidence(),
@@ -114,9 +160,57 @@ impl Canary {
         self.with(|s| if canary { s.drawn.0 += 1 } else { s.drawn.1 += 1 });
     }
 
+    /// The e-value at which it is taken back: the error probability is divided
+    /// among the tests there are.
+    fn limit(&self) -> f64 {
+        let tests = if self.settings.scores.is_some() { 4.0 } else { 3.0 };
+        tests / self.settings.alpha
+    }
+
+    /// Reads what the scores' file has more than before. May take the canary
+    /// back.
+    pub(crate) async fn read_scores(&self) {
+        let Some(path) = &self.settings.scores else { return };
+        // A file that is not there yet has no scores.
+        let Ok(bytes) = tokio::fs::read(path).await else { return };
+        self.score(&bytes);
+    }
+
+    fn score(&self, file: &[u8]) {
+        let limit = self.limit();
+        self.with(|s| {
+            // A file begun anew is read from its beginning; its scores add to
+            // the evidence.
+            if file.len() < s.scores.read {
+                s.scores.read = 0;
+            }
+            let new = file.get(s.scores.read..).unwrap_or_default();
+            // A line that is still being written is left for the next time.
+            let Some(end) = new.iter().rposition(|b| *b == b'\n') else { return };
+            s.scores.read += end + 1;
+            for line in new[..end].split(|b| *b == b'\n').filter(|l| !l.trim_ascii().is_empty()) {
+                match serde_json::from_slice::<Line>(line) {
+                    Ok(l) if (0.0..=1.0).contains(&l.canary) && (0.0..=1.0).contains(&l.incumbent) => {
+                        s.scores.pair(l.canary, l.incumbent);
+                    }
+                    Ok(l) => s.scores.error = Some(format!("scores must be between 0 and 1, got {} and {}", l.canary, l.incumbent)),
+                    Err(e) => s.scores.error = Some(e.to_string()),
+                }
+                if s.scores.value() >= limit && s.rolled_back.is_none() {
+                    let (canary, incumbent) = s.scores.means();
+                    s.rolled_back = Some(format!(
+                        "evaluation scores: {canary:.3} at the canary, {incumbent:.3} elsewhere, of {} pairs (e-value {:.0}, limit {limit:.0})",
+                        s.scores.pairs,
+                        s.scores.value(),
+                    ));
+                }
+            }
+        });
+    }
+
     /// A drawn request's outcome. May take the canary back.
     pub(crate) fn seen(&self, canary: bool, what: Seen) {
-        let limit = 3.0 / self.settings.alpha;
+        let limit = self.limit();
         self.with(|s| {
             let (name, evidence) = match what {
                 Seen::Failed => ("failures", &mut s.failures),
@@ -156,6 +250,10 @@ impl Canary {
                 "backend": self.settings.backend, "share": self.settings.share, "alpha": self.settings.alpha,
                 "drawn": {"canary": s.drawn.0, "others": s.drawn.1}, "failures": show(&s.failures),
                 "slow_first_tokens": show(&s.slow), "refusals": show(&s.refusals), "rolled_back": s.rolled_back,
+                "scores": self.settings.scores.as_ref().map(|_| json!({
+                    "pairs": s.scores.pairs, "canary": s.scores.means().0, "incumbent": s.scores.means().1,
+                    "e_value": s.scores.value(), "error": s.scores.error,
+                })),
             })
         })
     }
@@ -167,7 +265,7 @@ mod tests {
     use crate::route::random;
 
     fn canary(share: f64) -> Canary {
-        Canary::new(CanarySettings { backend: "new".into(), share, alpha: 0.01 })
+        Canary::new(CanarySettings { backend: "new".into(), share, alpha: 0.01, scores: Some("scores".into()) })
     }
 
     /// Requests until it is taken back, at most `most`.
@@ -208,6 +306,44 @@ mod tests {
             n += 1;
         }
         assert!(n < 3000 && slow.rolled_back().unwrap().contains("slow"), "{n}");
+    }
+
+    #[test]
+    fn refusals_alone_take_it_back() {
+        let prude = canary(0.1);
+        let mut n = 0;
+        while prude.rolled_back().is_none() && n < 20_000 {
+            let drawn = random() < 0.1;
+            if random() < if drawn { 0.3 } else { 0.02 } {
+                prude.seen(drawn, Seen::Refused);
+            }
+            n += 1;
+        }
+        assert!(n < 4000 && prude.rolled_back().unwrap().contains("refusals"), "{n}");
+    }
+
+    #[test]
+    fn worse_scores_take_it_back_and_equal_ones_do_not() {
+        let lines = |n: usize, worse: f64| -> String {
+            let one = |_| format!("{{\"canary\": {:.3}, \"incumbent\": {:.3}}}\n", random() * (1.0 - worse), random());
+            (0..n).map(one).collect()
+        };
+        let worse = canary(0.1);
+        worse.score(lines(400, 0.4).as_bytes());
+        assert!(worse.rolled_back().unwrap().contains("evaluation scores"));
+        let alarms = (0..100).filter(|_| {
+            let fair = canary(0.1);
+            fair.score(lines(1000, 0.0).as_bytes());
+            fair.rolled_back().is_some()
+        });
+        assert!(alarms.count() <= 4);
+        // Read as it grows, each line once, an unfinished one when it is whole.
+        let grows = canary(0.1);
+        grows.score(b"{\"canary\": 1, \"incumbent\": 0}\n{\"canary\": 1, \"inc");
+        grows.score(b"{\"canary\": 1, \"incumbent\": 0}\n{\"canary\": 1, \"incumbent\": 0.5}\nnonsense\n");
+        let shown = &grows.to_json()["scores"];
+        assert_eq!((&shown["pairs"], &shown["incumbent"]), (&json!(2), &json!(0.25)));
+        assert!(shown["error"].is_string() && grows.rolled_back().is_none());
     }
 
     #[test]

@@ -22,7 +22,7 @@ pub(crate) use load::{InFlight, Load};
 pub(crate) use prefix::PrefixIndex;
 pub(crate) use rules::Rule;
 
-use crate::{ask::Ask, config::Policy, node::Node};
+use crate::{ask::Ask, config::Policy, mirror::Mirror, node::Node};
 use ashlar_api::ApiError;
 use ashlar_core::clock;
 use ashlar_store::{PriceList, Tokens};
@@ -66,6 +66,7 @@ pub(crate) struct Route {
     pub(crate) prefill_scale: f64,
     pub(crate) prefix: Arc<PrefixIndex>,
     pub(crate) canary: Option<Arc<Canary>>,
+    pub(crate) mirror: Option<Arc<Mirror>>,
     /// For the policies that look at what a prompt is about.
     pub(crate) fit: Option<Fit>,
 }

@@ -60,6 +60,7 @@ fn route(policy: Policy, targets: Vec<Arc<Target>>) -> Route {
         prefix: Arc::default(),
         canary: None,
         fit: None,
+        mirror: None,
     }
 }
 
@@ -181,7 +182,7 @@ fn rules_restrict_the_candidates() {
 #[test]
 fn the_canary_gets_its_share_until_it_is_taken_back() {
     let mut r = route(Policy::Ordered, vec![target("old", 1.0, None), target("new", 1.0, None)]);
-    let settings = crate::config::CanarySettings { backend: "new".into(), share: 0.2, alpha: 0.01 };
+    let settings = crate::config::CanarySettings { backend: "new".into(), share: 0.2, alpha: 0.01, scores: None };
     let canary = Arc::new(Canary::new(settings));
     r.canary = Some(canary.clone());
     let asks = ask("x", "");

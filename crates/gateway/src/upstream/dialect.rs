@@ -46,6 +46,18 @@ const CHAT: &[&str] = &["messages", "top_logprobs", "tools", "tool_choice", "res
 /// Fields of the completions endpoint that every dialect takes.
 const TEXT: &[&str] = &["prompt", "echo", "suffix"];
 
+/// Fields of embeddings.
+const EMBED: &[&str] = &["model", "input", "encoding_format", "dimensions", "user"];
+/// Fields of a ranking.
+const RERANK: &[&str] = &["model", "query", "documents", "top_n"];
+/// What vLLM takes beside them.
+const VLLM_POOL: &[&str] = &["truncate_prompt_tokens", "add_special_tokens", "priority"];
+/// Fields of vLLM's tokenizer endpoint.
+const TOKENIZE: &[&str] = &[
+    "model", "prompt", "messages", "add_special_tokens", "return_token_strs", "add_generation_prompt",
+    "continue_final_message", "chat_template", "chat_template_kwargs", "tools",
+];
+
 /// What Anthropic's API can be given, under OpenAI's names.
 const ANTHROPIC: &[&str] = &[
     "model", "stream", "stream_options", "temperature", "top_p", "top_k", "max_tokens",
@@ -170,14 +182,39 @@ impl Dialect {
         }
     }
 
+    /// Whether this kind of server has the endpoint, in the form it has here.
+    const fn answers(self, endpoint: Endpoint) -> bool {
+        match endpoint {
+            Endpoint::Chat | Endpoint::Messages | Endpoint::Responses => true,
+            Endpoint::Completions => !matches!(self, Self::Anthropic),
+            Endpoint::Embeddings => !matches!(self, Self::Anthropic | Self::Tgi),
+            Endpoint::Rerank => matches!(self, Self::Vllm | Self::Sglang | Self::LlamaServer | Self::Ashlar),
+            // llama-server's have another form.
+            Endpoint::Tokenize | Endpoint::Detokenize => matches!(self, Self::Vllm | Self::Ashlar),
+        }
+    }
+
+    /// Where it answers `endpoint`, in the form of [`Dialect::default_probe`].
+    pub(crate) const fn tail(self, endpoint: Endpoint) -> &'static str {
+        match (self, endpoint) {
+            (Self::Ashlar, Endpoint::Tokenize) => "/tokenize",
+            (Self::Ashlar, Endpoint::Detokenize) => "/detokenize",
+            (_, endpoint) => endpoint.tail(),
+        }
+    }
+
     fn takes(self, endpoint: Endpoint, field: &str) -> bool {
         if self == Self::Anthropic {
             return ANTHROPIC.contains(&field);
         }
         let (both, chat) = self.extra();
         let own = match endpoint {
-            Endpoint::Chat => CHAT.contains(&field) || chat.contains(&field),
             Endpoint::Completions => TEXT.contains(&field),
+            Endpoint::Embeddings => return EMBED.contains(&field) || (self == Self::Vllm && VLLM_POOL.contains(&field)),
+            Endpoint::Rerank => return RERANK.contains(&field) || (self == Self::Vllm && VLLM_POOL.contains(&field)),
+            Endpoint::Tokenize => return TOKENIZE.contains(&field),
+            Endpoint::Detokenize => return ["model", "tokens"].contains(&field),
+            _ => CHAT.contains(&field) || chat.contains(&field),
         };
         COMMON.contains(&field) || own || both.contains(&field)
     }
@@ -196,14 +233,14 @@ impl Dialect {
     /// # Errors
     /// 400 `unsupported_parameter` naming the field and the backend.
     pub(crate) fn check(self, ask: &Ask, backend: &str) -> Result<(), ApiError> {
-        if self == Self::Anthropic && ask.endpoint != Endpoint::Chat {
-            let message = format!("backend {backend:?} ({}) answers /v1/chat/completions only", self.as_str());
+        if !self.answers(ask.endpoint.inner()) {
+            let message = format!("backend {backend:?} ({}) does not answer {}", self.as_str(), ask.endpoint.path());
             return Err(ApiError::bad_request(message, None, Some("unsupported_endpoint")));
         }
         let mut sent: Vec<&str> = Vec::new();
         for (field, _) in ask.fields() {
             let name = self.renamed(field);
-            if !self.takes(ask.endpoint, name) && !self.takes(ask.endpoint, field) {
+            if !self.takes(ask.endpoint.inner(), name) && !self.takes(ask.endpoint.inner(), field) {
                 let field: String = field.chars().take(80).collect();
                 let message = format!(
                     "{field} is not supported here: backend {backend:?} is of kind {}, which does not take it",

@@ -167,11 +167,11 @@ impl Link {
         }
     }
 
-    /// Sends `body` to `tail` below the base address, and gives the answer's
+    /// Sends `body` to `tail`, see `Dialect::default_probe` for its form, and gives the answer's
     /// head once its status is 200.
     pub(crate) async fn post(&self, tail: &str, body: Bytes) -> Result<Reader, UpstreamError> {
         let deadline = Instant::now() + self.settings.first_byte;
-        let mut reader = self.ask(Method::POST, format!("{}{tail}", self.base), body, deadline).await?;
+        let mut reader = self.ask(Method::POST, self.uri(tail), body, deadline).await?;
         match reader.status {
             200 => Ok(reader),
             status => Err(self.refusal(status, &mut reader).await),
@@ -181,11 +181,7 @@ impl Link {
     /// Asks `path` with GET; see `Dialect::default_probe` for its form.
     pub(crate) async fn get(&self, path: &str) -> Result<(), UpstreamError> {
         let deadline = Instant::now() + self.settings.probe;
-        let uri = match path.strip_prefix("//") {
-            Some(rest) => format!("{}/{rest}", self.root),
-            None => format!("{}{path}", self.base),
-        };
-        let mut reader = self.ask(Method::GET, uri, Bytes::new(), deadline).await?;
+        let mut reader = self.ask(Method::GET, self.uri(path), Bytes::new(), deadline).await?;
         reader.limit = ERROR_BODY.max(4 << 20);
         match reader.status {
             200..=299 => {
@@ -194,6 +190,13 @@ impl Link {
                 Ok(())
             }
             status => Err(self.refusal(status, &mut reader).await),
+        }
+    }
+
+    fn uri(&self, path: &str) -> String {
+        match path.strip_prefix("//") {
+            Some(rest) => format!("{}/{rest}", self.root),
+            None => format!("{}{path}", self.base),
         }
     }
 

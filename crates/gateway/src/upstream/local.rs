@@ -15,9 +15,13 @@ pub(crate) enum Call {
 
 impl Call {
     pub(crate) fn parse(endpoint: Endpoint, body: &[u8]) -> Result<Self, ApiError> {
-        match endpoint {
+        match endpoint.inner() {
             Endpoint::Chat => ChatRequest::parse(body).map(Self::Chat),
             Endpoint::Completions => CompletionRequest::parse(body).map(Self::Completion),
+            _ => {
+                let message = format!("the engine generates text and does not answer {}", endpoint.path());
+                Err(ApiError::bad_request(message, Some("model"), Some("unsupported_endpoint")))
+            }
         }
     }
 }

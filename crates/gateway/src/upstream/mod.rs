@@ -14,6 +14,7 @@
 
 mod anthropic;
 mod dialect;
+mod encode;
 mod error;
 mod http;
 mod local;
@@ -25,6 +26,7 @@ mod usage;
 pub use dialect::Dialect;
 pub use usage::Tokens;
 pub(crate) use anthropic::{Anthropic, VERSION as ANTHROPIC_VERSION};
+pub(crate) use encode::Encode;
 pub(crate) use error::UpstreamError;
 pub(crate) use http::{Link, LinkSettings};
 pub(crate) use local::{Call, Local};

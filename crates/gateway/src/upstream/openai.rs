@@ -33,7 +33,7 @@ impl Upstream for OpenAi {
 
     async fn send(&self, ask: &Ask, model: &str, _seed: i64) -> Result<Pieces, UpstreamError> {
         let body = request(ask, model, self.dialect);
-        let mut reader = self.link.post(ask.endpoint.tail(), body).await?;
+        let mut reader = self.link.post(self.dialect.tail(ask.endpoint), body).await?;
         let counted = ask.prompt_estimate();
         if ask.stream {
             if !reader.event_stream {
@@ -58,7 +58,8 @@ impl Upstream for OpenAi {
             })));
         }
         let body = reader.whole().await?;
-        let (chunk, end) = whole(&self.link, &reader, &body, counted)?;
+        let choices = ask.endpoint.streams();
+        let (chunk, end) = whole(&self.link, &reader, &body, counted, choices)?;
         Ok(Box::pin(futures::stream::iter([Ok(Piece::Chunk(chunk)), Ok(Piece::Done(end))])))
     }
 
@@ -169,7 +170,7 @@ struct Read {
 }
 
 /// Reads one object of the protocol.
-fn read(json: &str) -> Result<Read, String> {
+fn read(json: &str, has_choices: bool) -> Result<Read, String> {
     let Fields(all) = serde_json::from_str(json).map_err(|e| e.to_string())?;
     let mut out = Read { chunk: Chunk::default(), finish: None, refused: false, tokens: None, bytes: 0 };
     out.chunk.fields.reserve(json.len());
@@ -193,6 +194,11 @@ fn read(json: &str) -> Result<Read, String> {
         string(&mut out.chunk.fields, &name);
         out.chunk.fields.push(':');
         push_one_line(&mut out.chunk.fields, raw);
+    }
+    let usage = out.chunk.usage.as_deref();
+    out.tokens = usage.and_then(|u| usage::openai(u, timings.map(RawValue::get)));
+    if !has_choices {
+        return Ok(out);
     }
     let choices = choices.ok_or("there is no field \"choices\"")?;
     let choices: Vec<Choice> = serde_json::from_str(choices.get()).map_err(|e| format!("choices: {e}"))?;
@@ -219,8 +225,6 @@ fn read(json: &str) -> Result<Read, String> {
             out.chunk.text.push_str(&text);
         }
     }
-    let usage = out.chunk.usage.as_deref();
-    out.tokens = usage.and_then(|u| usage::openai(u, timings.map(RawValue::get)));
     Ok(out)
 }
 
@@ -240,10 +244,13 @@ fn one_line(raw: &RawValue) -> String {
 }
 
 /// Reads a whole answer.
-fn whole(link: &Link, reader: &Reader, body: &[u8], prompt: u32) -> Result<(Chunk, End), UpstreamError> {
+fn whole(link: &Link, reader: &Reader, body: &[u8], prompt: u32, choices: bool) -> Result<(Chunk, End), UpstreamError> {
     let malformed = |why: String| reader.malformed("an answer that is not of the protocol", why);
     let text = std::str::from_utf8(body).map_err(|e| malformed(e.to_string()))?;
-    let read = read(text).map_err(|why| refusal(link, body).unwrap_or_else(|| malformed(why)))?;
+    if let Some(refused) = refusal(link, body).filter(|_| !choices) {
+        return Err(refused);
+    }
+    let read = read(text, choices).map_err(|why| refusal(link, body).unwrap_or_else(|| malformed(why)))?;
     let end = End {
         finish: read.finish.unwrap_or(Finish::Stop),
         refused: read.refused,
@@ -286,7 +293,7 @@ impl Streamed {
             }
             let malformed = |why: String| reader.malformed("an event that is not of the protocol", why);
             let text = std::str::from_utf8(&event.data).map_err(|e| malformed(e.to_string()))?;
-            let read = read(text).map_err(|why| refusal(&self.link, &event.data).unwrap_or_else(|| malformed(why)))?;
+            let read = read(text, true).map_err(|why| refusal(&self.link, &event.data).unwrap_or_else(|| malformed(why)))?;
             self.finish = read.finish.or(self.finish);
             self.refused |= read.refused;
             self.tokens = read.tokens.or(self.tokens);
@@ -351,26 +358,26 @@ mod tests {
 
     #[test]
     fn objects_are_read_and_kept() {
-        let r = read("{\"id\":\"x\",\"object\":\"chat.completion.chunk\",\n\"model\":\"m\",\"choices\":[{\"index\":1,\"delta\":{\"content\":\"b\"}},{\"index\":0,\"delta\":{\"content\":\"a\",\"odd\":1},\"finish_reason\":\"length\"}],\"usage\":{\"prompt_tokens\":2,\n\"completion_tokens\":1}}").unwrap();
+        let r = read("{\"id\":\"x\",\"object\":\"chat.completion.chunk\",\n\"model\":\"m\",\"choices\":[{\"index\":1,\"delta\":{\"content\":\"b\"}},{\"index\":0,\"delta\":{\"content\":\"a\",\"odd\":1},\"finish_reason\":\"length\"}],\"usage\":{\"prompt_tokens\":2,\n\"completion_tokens\":1}}", true).unwrap();
         assert_eq!((r.chunk.text.as_str(), r.chunk.gains, r.finish), ("a", 2, Some(Finish::Length)));
         assert_eq!(r.tokens.unwrap().prompt(), 2);
         assert!(r.chunk.fields.starts_with("\"object\":\"chat.completion.chunk\",\"choices\":[{") && r.chunk.fields.contains("\"odd\":1"));
         assert!(!r.chunk.usage.unwrap().contains('\n'));
-        let r = read(r#"{"choices":[],"usage":null}"#).unwrap();
+        let r = read(r#"{"choices":[],"usage":null}"#, true).unwrap();
         assert!(r.chunk.bare && r.chunk.usage.is_none());
-        let r = read(r#"{"choices":[{"message":{"content":null,"refusal":"no","tool_calls":[{}]},"finish_reason":"content_filter"}]}"#).unwrap();
+        let r = read(r#"{"choices":[{"message":{"content":null,"refusal":"no","tool_calls":[{}]},"finish_reason":"content_filter"}]}"#, true).unwrap();
         assert!(r.refused && r.chunk.gains == 1 && r.finish == Some(Finish::ContentFilter));
-        let r = read(r#"{"choices":[{"delta":{"tool_calls":[{}]},"finish_reason":"tool_calls"}]}"#).unwrap();
+        let r = read(r#"{"choices":[{"delta":{"tool_calls":[{}]},"finish_reason":"tool_calls"}]}"#, true).unwrap();
         assert_eq!(r.finish, Some(Finish::ToolCalls));
         for bad in ["", "[]", "{}", r#"{"choices":{}}"#, r#"{"choices":[{"delta":{"content":5}}]}"#, r#"{"choices":[],"choices":[]}"#] {
-            assert!(read(bad).is_err(), "{bad}");
+            assert!(read(bad, true).is_err(), "{bad}");
         }
     }
 
     proptest::proptest! {
         #[test]
         fn any_object_is_read_or_refused(text: String) {
-            let _ = read(&text);
+            let _ = read(&text, true);
         }
     }
 }

@@ -110,6 +110,7 @@ async fn old(store: &Store) {
     let ends: Vec<Ended> = (0..OLD)
         .map(|i| Ended {
             id: id(i),
+            admission: None,
             settlement: Settlement {
                 finish: ["stop", "stop", "length", "stop", "content_filter", "stop", "error"][i % 7].into(),
                 prompt_tokens: 200 + (i as u64 * 37) % 900,
@@ -122,6 +123,7 @@ async fn old(store: &Store) {
                 refusal: i % 23 == 0,
                 answer: Some(format!("The tile {i} is laid in a bed of lime, and left to dry for {} days.", i % 9)),
                 error: (i % 7 == 6).then(|| "the backend broke off after 512 bytes".into()),
+                guard: (i % 7 == 4).then(|| r#"[{"policy":"pii","stage":"answer","action":"block","kind":"email","score":1.0,"released_chars":12,"count":1}]"#.into()),
             },
             answered: None,
             route: None,

@@ -162,7 +162,22 @@ async fn answer(socket: &mut (impl AsyncRead + AsyncWrite + Unpin), request: &Se
         ($($text:expr),*) => {{ $( socket.write_all($text.as_bytes()).await?; )* socket.flush().await?; }};
     }
     let pause = |ms| tokio::time::sleep(Duration::from_millis(ms));
+    // Beside chat, whatever the model is but one that breaks.
+    let beside = match request.path.rsplit('/').next() {
+        Some("embeddings") => Some(json!({"object": "list", "model": "theirs", "usage": {"prompt_tokens": 2, "total_tokens": 2},
+            "data": [{"object": "embedding", "index": 0, "embedding": [0.5, -0.5]}]})),
+        Some("rerank") => Some(json!({"id": "theirs", "model": "theirs", "usage": {"total_tokens": 4},
+            "results": [{"index": 0, "relevance_score": 0.5}]})),
+        Some("tokenize") => Some(json!({"count": 2, "max_model_len": 64, "tokens": [7, 8]})),
+        Some("detokenize") => Some(json!({"prompt": "hi there"})),
+        _ => None,
+    };
+    if let Some(body) = beside {
+        send!(json("200 OK", "", &body.to_string()));
+        return Ok(true);
+    }
     match model.as_str() {
+        "tools" => return tools(socket, stream).await,
         "500" => send!(json("500 Internal Server Error", "", r#"{"error":{"message":"it fell over","type":"x","code":500}}"#)),
         "401" => send!(json("401 Unauthorized", "", r#"{"error":{"message":"the key sk-very-secret is wrong"}}"#)),
         "400" => send!(json("400 Bad Request", "", r#"{"error":{"message":"top_p is odd","type":"invalid_request_error","param":"top_p","code":"odd"}}"#)),
@@ -303,6 +318,31 @@ async fn leak(socket: &mut (impl AsyncWrite + Unpin), request: &Seen, stream: bo
     }
     socket.write_all(second).await?;
     socket.flush().await?;
+    Ok(true)
+}
+
+/// Some text, then a call of a tool, its arguments in pieces.
+async fn tools(socket: &mut (impl AsyncWrite + Unpin), stream: bool) -> std::io::Result<bool> {
+    let call = |arguments: &str| json!([{"index": 0, "id": "call_1", "type": "function", "function": {"name": "weather", "arguments": arguments}}]);
+    if !stream {
+        let message = json!({"role": "assistant", "content": "Let me see.", "tool_calls": call("{\"city\": \"Köln\"}")});
+        let body = json!({"object": "chat.completion", "created": 5, "usage": usage(),
+            "choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}]});
+        socket.write_all(json("200 OK", "", &body.to_string()).as_bytes()).await?;
+        return Ok(true);
+    }
+    let mut body = event(&chunk(json!({"role": "assistant", "content": "Let me"}), None).to_string());
+    body += &event(&chunk(json!({"content": " see."}), None).to_string());
+    body += &event(&chunk(json!({"tool_calls": call("")}), None).to_string());
+    for piece in ["{\"city\": ", "\"Köln\"}"] {
+        body += &event(&chunk(json!({"tool_calls": [{"index": 0, "function": {"arguments": piece}}]}), None).to_string());
+    }
+    body += &event(&chunk(json!({}), Some("tool_calls")).to_string());
+    let mut last = chunk(json!({}), None);
+    (last["choices"], last["usage"]) = (json!([]), usage());
+    body += &event(&last.to_string());
+    body += &event("[DONE]");
+    socket.write_all((STREAM.to_owned() + &body + "0\r\n\r\n").as_bytes()).await?;
     Ok(true)
 }
 

@@ -23,7 +23,7 @@ pub(crate) fn script(name: &str) -> String {
     format!("{}/../../xtask/peers/{name}", env!("CARGO_MANIFEST_DIR"))
 }
 
-fn shown(output: &Output) -> String {
+pub(crate) fn shown(output: &Output) -> String {
     let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
     format!("{}\n{}{}", output.status, text(&output.stdout), text(&output.stderr))
 }
