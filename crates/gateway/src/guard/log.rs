@@ -149,6 +149,7 @@ pub(crate) struct Counters {
 }
 
 /// A moment's view of [`Counters`].
+#[allow(dead_code, reason = "for the metrics page")]
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Counts {
     /// Policy, stage, action, kind, and how many responses.
@@ -177,6 +178,7 @@ impl Counters {
     }
 
     /// All of them, for whoever exports them.
+    #[allow(dead_code, reason = "for the metrics page")]
     pub(crate) fn counts(&self) -> Counts {
         let all = self.verdicts.lock().unwrap_or_else(PoisonError::into_inner);
         Counts {

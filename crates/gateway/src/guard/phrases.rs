@@ -98,6 +98,9 @@ impl<T> Phrases<T> {
 
     /// All matches in order of their starts; they may overlap.
     pub(crate) fn find(&self, text: &str) -> Vec<Match> {
+        if self.patterns.is_empty() {
+            return Vec::new();
+        }
         let words = words(text);
         let mut out = Vec::new();
         for at in 0..words.len() {
@@ -113,6 +116,9 @@ impl<T> Phrases<T> {
     /// The length of the prefix of `text` that no match, whatever is appended,
     /// starts in and ends after; all matches that end by it are found already.
     pub(crate) fn settled(&self, text: &str) -> usize {
+        if self.patterns.is_empty() {
+            return text.len();
+        }
         let words = words(text);
         let growing = words.last().filter(|(_, at)| at.end == text.len());
         // A word longer than any in a pattern is what it is, however it goes on;
@@ -144,6 +150,9 @@ impl<T> Phrases<T> {
                 settled = span.start;
                 break;
             }
+        }
+        if settled == text.len() {
+            return settled;
         }
         // No match may lie across the end.
         let found = self.find(text);
@@ -256,7 +265,10 @@ pub(crate) fn words(text: &str) -> Vec<(String, Range<usize>)> {
             }
             open = true;
             if let Some((word, span)) = out.last_mut() {
-                word.extend(plain(c).to_lowercase());
+                match c.is_ascii() {
+                    true => word.push(c.to_ascii_lowercase()),
+                    false => word.extend(plain(c).to_lowercase()),
+                }
                 span.end = end;
             }
         } else {
