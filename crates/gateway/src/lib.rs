@@ -1,8 +1,9 @@
 //! The HTTP front door: one path for every endpoint, with metering, lineage
 //! and a console.
 //!
-//! [`serve`] answers OpenAI's `/v1/chat/completions`, `/v1/completions` and
-//! `/v1/models` from the engine in this process ([`ashlar_api::Backend`]) and
+//! [`serve`] answers OpenAI's chat, completions, responses, embeddings and models,
+//! Anthropic's messages, rerank, and vLLM's tokenizer below `/v1/` (all of them
+//! in `/openapi.json`) from the engine in this process ([`ashlar_api::Backend`]) and
 //! from servers over HTTP ([`Config`]), records each response in the ledger, and
 //! shows at `/` what is served, what runs, and where an answer comes from.
 //! Routes below `/ashlar/` are the console's own.

@@ -66,7 +66,7 @@ impl Demo {
 
     /// A request of each kind.
     pub(crate) async fn round(&self, n: usize) {
-        let stream = n % 2 == 0;
+        let stream = n.is_multiple_of(2);
         for (model, prompt) in [
             ("kiln", "How long does it cool?"),
             ("books", "Who wrote of stone?"),

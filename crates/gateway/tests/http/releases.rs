@@ -221,7 +221,7 @@ async fn a_prompt_is_routed_by_its_task_and_by_its_need() {
         let stage = shown["route"]["stages"].as_array().unwrap().last().unwrap().clone();
         let judged = &stage["judged"];
         assert_eq!(judged["label"], label, "{stage}");
-        assert!(judged["probability"].as_f64().is_some_and(|p| p > 0.0 && p < 1.0) && stage["reason"].as_str().unwrap().len() > 10);
+        assert!(judged["probability"].as_f64().is_some_and(|p| (0.0..=1.0).contains(&p)) && stage["reason"].as_str().unwrap().len() > 10);
     }
     let fallen = server.post(CHAT, &body("t", "fall over", false)).await;
     let id = fallen.header("x-ashlar-response-id").unwrap();
