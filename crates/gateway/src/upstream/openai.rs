@@ -323,7 +323,7 @@ pub(crate) fn pieces(parts: &[&[u8]]) -> Vec<Piece> {
             if event.data == b"[DONE]" {
                 let tokens = Tokens::estimate(1, 1);
                 out.push(Piece::Done(End { finish: Finish::Stop, refused: false, tokens, timings: None }));
-            } else if let Ok(read) = read(std::str::from_utf8(&event.data).unwrap_or_default()) {
+            } else if let Ok(read) = read(std::str::from_utf8(&event.data).unwrap_or_default(), true) {
                 out.push(Piece::Chunk(read.chunk));
             }
         }
