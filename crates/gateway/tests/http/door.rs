@@ -183,7 +183,7 @@ async fn a_used_up_limit_is_answered_with_its_numbers() {
     assert_eq!(row.cost.cost, None, "unknown, not nought");
     assert!(row.cost.no_cost_reason.unwrap().contains("no rate of cache_read"));
     let page = server.get("/metrics").await.body;
-    assert_eq!(crate::value(&page, "ashlar_cost_unknown_total"), 1.0);
+    assert_eq!(crate::total(&page, "ashlar:cost_unknown_total"), 1.0);
     server.stop().await;
 }
 

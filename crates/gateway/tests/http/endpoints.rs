@@ -321,6 +321,11 @@ async fn every_endpoint_is_recorded_and_described() {
             if !stream && !streams {
                 body.as_object_mut().unwrap().remove("stream");
             }
+            if path.ends_with("/moderations") {
+                // The guard's own: no model of ours answers, so there is nothing to record.
+                assert_eq!(server.post(path, &json!({"input": "x"})).await.status, 200);
+                continue;
+            }
             let reply = server.post(path, &body).await;
             assert_eq!(reply.status, if stream && !streams { 400 } else { 200 }, "{path} {body}: {reply:?}");
             if reply.status == 200 {
@@ -331,7 +336,7 @@ async fn every_endpoint_is_recorded_and_described() {
             }
         }
     }
-    assert_eq!(posts, 8);
+    assert_eq!(posts, 9);
     let none = server.post("/v1/no-such", &json!({})).await;
     assert!(none.status == 404 && none.body.contains("/openapi.json"), "{none:?}");
     server.stop().await;
