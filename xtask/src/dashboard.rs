@@ -58,6 +58,15 @@ const ROWS: &[(&str, &[Panel])] = &[
                 "{{model_name}}",
             )],
         },
+        Panel {
+            title: "Guard", unit: "reqps", about: "What its policies did, and what it refused because of who asked.",
+            queries: &[
+                ("sum by (policy, action) (rate(ashlar:guard_verdicts_total[$__rate_interval])) or vector(0)", "{{policy}} {{action}}"),
+                ("sum(rate(ashlar:guard_judge_failures_total[$__rate_interval]))", "judges that failed"),
+                ("sum(rate(ashlar:moderations_total[$__rate_interval]))", "texts judged when asked"),
+                ("sum(rate(ashlar:abuse_refusals_total[$__rate_interval]))", "end users refused"),
+            ],
+        },
     ]),
     ("Latency, from the first byte of the request", &[
         Panel {

@@ -243,6 +243,7 @@ impl App {
             in_flight: self.live.len() as u64,
             engine,
             backends: backends.collect(),
+            guard: self.guard.counters.counts(),
             canaries: canaries.collect(),
             file: self.tables.file(),
             process: self.process(),

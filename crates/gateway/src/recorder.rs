@@ -390,7 +390,9 @@ impl Recorder {
             estimated: tokens.estimated,
         };
         self.app.metrics.settled(&sample);
-        let phases = Phases::of(self.decision.sent_s(), 0.0, sample.queue_s.unwrap_or(0.0), sample.ttft_s, sample.total_s);
+        // The guard looks between reading and sending.
+        let waited = self.guard.waited_s();
+        let phases = Phases::of(self.decision.sent_s() - waited, waited, sample.queue_s.unwrap_or(0.0), sample.ttft_s, sample.total_s);
         self.app.series.settled(&sample, phases);
         let answer = std::mem::take(&mut self.answer);
         let ms = |d: Option<Duration>| d.map_or(0.0, |d| d.as_secs_f64() * 1e3);

@@ -2,7 +2,7 @@
 
 import { get } from "../lib/api.js";
 import { el, put } from "../lib/dom.js";
-import { clip, whole } from "../lib/format.js";
+import { clip, when, whole } from "../lib/format.js";
 import { col, days, empty, figures, head, num, panel, share, table, tag } from "../lib/part.js";
 
 export const title = "Abuse";
@@ -10,9 +10,9 @@ export const title = "Abuse";
 export function mount(main, { trouble }) {
   let period = 7;
   const pick = (d) => { period = d; refresh().catch(trouble); };
-  const box = { figures: el("div"), users: el("div") };
+  const box = { figures: el("div"), users: el("div"), standings: el("div") };
   main.append(head("Abuse", "End users by what of theirs was filtered or refused. Their names never reach the ledger: it has hashes.", days(period, pick)), box.figures,
-    panel("Top offenders", box.users));
+    panel("Top offenders", box.users), panel("Standing with the guard", box.standings));
 
   async function refresh(signal) {
     const data = await get("/ashlar/abuse", { days: period }, signal);
@@ -22,6 +22,7 @@ export function mount(main, { trouble }) {
       { name: "Requests without one", value: whole(data.unnamed_requests), note: "send safety_identifier or user along" },
     ])] : []));
     put(box.users, users(data, period));
+    put(box.standings, standings(data.standings));
   }
   return { refresh, every: 15000 };
 }
@@ -29,9 +30,15 @@ export function mount(main, { trouble }) {
 function users({ users, source }, period) {
   if (!source) return empty("End users are not known: this server has no accounts.", "Give it some under [accounts] in the configuration file; clients then name their users with safety_identifier.");
   if (!users.length) return empty("Nobody had anything filtered or refused in this time.");
-  const standing = users.some((u) => u.standing);
-  return table("Top offenders", [col("End user"), ...(standing ? [col("Standing")] : []), num("Filtered"), num("Refused"), num("Failed"), num("Requests"), col("Refused or filtered")],
+  return table("Top offenders", [col("End user"), num("Filtered"), num("Refused"), num("Failed"), num("Requests"), col("Refused or filtered")],
     users.map((u) => [el("a", { href: `#/cost?days=${period}&end_user=${encodeURIComponent(u.end_user)}&by=model`, class: "id", title: u.end_user }, clip(u.end_user, 26)),
-      ...(standing ? [u.standing ? tag(u.standing, u.standing === "good" ? "good" : "bad") : "–"] : []),
       whole(u.filtered), whole(u.refusals), whole(u.errors), whole(u.requests), share(u.requests ? Math.min(1, (u.filtered + u.refusals) / u.requests) : 0)]));
+}
+
+function standings(all) {
+  if (!all) return empty("Nobody is counted.", "[guard.abuse] in the configuration file sets from how many violations on an end user is slowed down, looked at and refused.");
+  if (!all.length) return empty("Nobody violated a policy.");
+  return table("Standing with the guard", [col("End user"), col("State"), num("Strikes"), num("Ever"), col("Since"), col("Note"), col("Appeal")],
+    all.map((u) => [el("span", { class: "id", title: u.user }, clip(u.user, 26)), tag(u.state, u.state === "clear" ? "good" : "bad"),
+      u.strikes.toFixed(1), whole(u.events), when(u.changed_ms), clip(u.note ?? "–", 60), clip(u.appeal ?? "–", 60)]));
 }

@@ -79,14 +79,27 @@ fn verdicts(responses: impl Iterator<Item = Value>) -> (Vec<Value>, Vec<Value>) 
     (counts.into_iter().map(shown).collect(), review)
 }
 
-/// `{users, source}`: hashed end users of the last `days` by answers that were
-/// filtered or refused, worst first. Without accounts nobody is known.
+/// `{users, standings, source}`: hashed end users of the last `days` by answers that
+/// were filtered or refused, worst first, whom the accounts know; and where those
+/// stand whom the guard counts strikes against, under hashes of its own.
 pub(super) async fn abuse(
     State(app): Shared,
     Query(query): Query<HashMap<String, String>>,
 ) -> Result<Json<Value>, Failure> {
     let filter = UsageFilter { from_ms: Some(period_ms(&query)?), ..UsageFilter::default() };
-    let Some(accounts) = &app.state.accounts else { return Ok(Json(json!({"users": [], "source": null}))) };
+    let limits = app.tables.now().config.guard.abuse.as_ref().map(|a| a.limits());
+    let standings = match limits {
+        Some(limits) => {
+            let mut all = app.state.store.abuse_users(&limits).await.map_err(failure)?;
+            all.sort_by(|a, b| b.state.cmp(&a.state).then(b.strikes.total_cmp(&a.strikes)));
+            all.truncate(MOST);
+            json!(all)
+        }
+        None => json!(null),
+    };
+    let Some(accounts) = &app.state.accounts else {
+        return Ok(Json(json!({"users": [], "standings": standings, "source": null})));
+    };
     let sums = accounts.usage_sums(&filter, &[Dimension::EndUser, Dimension::Finish]).await.map_err(account_failure)?;
     let mut users: BTreeMap<String, [u64; 4]> = BTreeMap::new();
     let mut unnamed = 0;
@@ -110,7 +123,7 @@ pub(super) async fn abuse(
         json!({"end_user": user, "requests": requests, "filtered": filtered, "refusals": refused, "errors": errors})
     };
     let users: Vec<Value> = users.into_iter().map(shown).collect();
-    Ok(Json(json!({"users": users, "known": known, "unnamed_requests": unnamed, "source": "accounts"})))
+    Ok(Json(json!({"users": users, "standings": standings, "known": known, "unnamed_requests": unnamed, "source": "accounts"})))
 }
 
 #[cfg(test)]

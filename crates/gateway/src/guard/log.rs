@@ -7,6 +7,7 @@ use std::{
         Mutex, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
 /// Most lines kept for one response.
@@ -90,6 +91,8 @@ pub struct Verdict {
 pub(crate) struct Log {
     lines: Mutex<Vec<Verdict>>,
     released: AtomicU64,
+    /// Microseconds that the request waited for its verdicts.
+    waited_us: AtomicU64,
 }
 
 impl Log {
@@ -124,6 +127,16 @@ impl Log {
         self.released.load(Relaxed)
     }
 
+    /// The request waited as long as this for its verdicts.
+    pub(crate) fn waited(&self, time: Duration) {
+        self.waited_us.store(u64::try_from(time.as_micros()).unwrap_or(u64::MAX), Relaxed);
+    }
+
+    /// Seconds of [`Log::waited`].
+    pub(crate) fn waited_s(&self) -> f64 {
+        self.waited_us.load(Relaxed) as f64 / 1e6
+    }
+
     /// The `guard` field; nothing when there is nothing to say.
     pub(crate) fn json(&self) -> Option<String> {
         let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
@@ -149,7 +162,6 @@ pub(crate) struct Counters {
 }
 
 /// A moment's view of [`Counters`].
-#[allow(dead_code, reason = "for the metrics page")]
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Counts {
     /// Policy, stage, action, kind, and how many responses.
@@ -178,8 +190,7 @@ impl Counters {
     }
 
     /// All of them, for whoever exports them.
-    #[allow(dead_code, reason = "for the metrics page")]
-    pub(crate) fn counts(&self) -> Counts {
+        pub(crate) fn counts(&self) -> Counts {
         let all = self.verdicts.lock().unwrap_or_else(PoisonError::into_inner);
         Counts {
             verdicts: all.iter().map(|((p, s, a, k), n)| (p.clone(), *s, *a, k.clone(), *n)).collect(),

@@ -36,7 +36,7 @@ mod takedown;
 mod texts;
 
 pub(crate) use answer::Answer;
-pub(crate) use log::{Counters, Log};
+pub(crate) use log::{Counters, Counts, Log};
 pub use log::{Action, Stage, Verdict};
 pub use settings::{AbuseSettings, CheckKind, GuardSettings, OnFailure, PolicySettings, Protocol, Release};
 pub use takedown::{Takedowns, shingles};
@@ -174,7 +174,7 @@ pub(crate) async fn request(
     plan: &Plan,
     who: Who,
 ) -> Result<(Ask, Guarded), ApiError> {
-    let guard = &table.guard;
+    let (guard, began) = (&table.guard, Instant::now());
     if guard.policies.is_empty() && guard.abuse.is_none() {
         return Ok((ask, Guarded::default()));
     }
@@ -213,6 +213,7 @@ pub(crate) async fn request(
             ask = ask.with(&name, &value.to_string())?;
         }
     }
+    active.log.waited(began.elapsed());
     Ok((ask, Guarded { active: Some(Arc::new(active)), refused }))
 }
 

@@ -4,6 +4,7 @@ use super::{
     family::{Families, Kind, Value},
     histogram::Buckets,
 };
+use crate::guard;
 use ashlar_api::{BackendStats, IterationTokens};
 use ashlar_core::clock;
 use std::sync::LazyLock;
@@ -45,6 +46,8 @@ pub(crate) struct Gauges {
     pub(crate) backends: Vec<BackendGauges>,
     /// Models with a canary, and whether it was taken back.
     pub(crate) canaries: Vec<(String, bool)>,
+    /// What the guard did.
+    pub(crate) guard: guard::Counts,
     /// What came of the configuration file.
     pub(crate) file: crate::table::File,
     pub(crate) process: ProcessGauges,
@@ -54,7 +57,28 @@ impl Gauges {
     pub(super) fn write(&self, f: &mut Families) {
         self.backends(f);
         self.engine(f);
+        self.guard(f);
         self.process(f);
+    }
+
+    fn guard(&self, f: &mut Families) {
+        let g = &self.guard;
+        // Without the kind of what was found: a server's fields can be among those.
+        let mut sums = std::collections::BTreeMap::<_, u64>::new();
+        for (policy, stage, action, _, n) in &g.verdicts {
+            *sums.entry((policy.as_str(), stage.as_str(), action.as_str())).or_default() += n;
+        }
+        let points = sums.into_iter().map(|((policy, stage, action), n)| {
+            (vec![("policy", policy), ("stage", stage), ("action", action)], Value::Number(n as f64))
+        });
+        f.add("guard_verdicts_total", Kind::Counter, "Responses in which a policy found something, by kind of finding.", points);
+        for (name, help, n) in [
+            ("guard_judge_failures_total", "Verdicts of a judge that could not be had.", g.judge_failures),
+            ("moderations_total", "Texts judged at /v1/moderations.", g.moderations),
+            ("abuse_refusals_total", "Requests refused because of their end user's standing.", g.abuse_refusals),
+        ] {
+            f.number(name, Kind::Counter, help, n as f64);
+        }
     }
 
     fn backends(&self, f: &mut Families) {

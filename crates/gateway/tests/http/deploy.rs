@@ -107,7 +107,7 @@ async fn the_dashboard_and_the_alerts_name_metrics_that_exist() {
         assert!(known, "{name} is not in /metrics");
     }
     // And the other way round: what is counted is shown, or known not to be.
-    let unseen = ["ashlar:config_failures_total", "ashlar:tls_certificate_failures_total", "ashlar:kv_cache_blocks_used", "process_start_time_seconds"];
+    let unseen = ["ashlar:config_failures_total", "ashlar:tls_certificate_failures_total", "ashlar:kv_cache_blocks_used", "ashlar:guard_verdicts_total", "process_start_time_seconds"];
     for (name, _) in &typed {
         let shown = names.iter().any(|n| n == name || n.strip_prefix(name).is_some_and(|end| matches!(end, "_bucket" | "_sum" | "_count")));
         assert!(shown || unseen.contains(name), "no panel and no alert has {name}");
