@@ -279,6 +279,9 @@ impl Server {
         let answer = reply["choices"][0]["message"]["content"].as_str();
         let answer = answer.ok_or_else(|| anyhow!("the server answered {reply}"))?.to_string();
         let response_id = reply["id"].as_str().unwrap_or_default().to_string();
+        // The answer's row is written a moment after it; who looks over HTTP waits for that.
+        let url = format!("http://{}/ashlar/requests/{response_id}", self.address);
+        tokio::task::spawn_blocking(move || ureq::get(&url).call().map(drop)).await??;
         Ok(Answer { answer, response_id })
     }
 

@@ -216,9 +216,18 @@ pub(super) fn placeholder(value: &str) -> bool {
         || value.contains(['(', '[', '*', '…'])
         || WHOLE.iter().any(|w| value.eq_ignore_ascii_case(w))
         || WORDS.iter().any(|w| {
-            let windows = value.as_bytes().windows(w.len());
-            windows.into_iter().any(|v| v.eq_ignore_ascii_case(w.as_bytes()))
+            let mut windows = value.as_bytes().windows(w.len());
+            let at = windows.position(|v| v.eq_ignore_ascii_case(w.as_bytes()));
+            at.is_some_and(|at| !random_rest(value.as_bytes(), at..at + w.len()))
         })
+}
+
+/// Whether what a placeholder's word leaves of a value is a secret all the same:
+/// `EXAMPLE-q7Zt2Lm9Xc4V` is no template's.
+fn random_rest(value: &[u8], word: Range<usize>) -> bool {
+    let rest = || value[..word.start].iter().chain(&value[word.end..]);
+    let digits = rest().filter(|b| b.is_ascii_digit()).count();
+    rest().count() >= 12 && digits >= 2 && rest().any(u8::is_ascii_lowercase) && rest().any(u8::is_ascii_uppercase)
 }
 
 /// Whether `value`, given for `name`, is a secret rather than prose or code.

@@ -83,6 +83,7 @@ const PLANTS: &[(Kind, &str)] = &[
     (Kind::Secret, "{\"api_key\": \"⟦9f8e7d6c5b4a39281706⟧\"}"),
     (Kind::Secret, "token: ⟦q7Zt-93kLmP2xw⟧"),
     (Kind::Secret, "postgres://app:⟦s3cr3t@db.example.org⟧/x"),
+    (Kind::Secret, "api_key = \"⟦EXAMPLE-q7Zt2Lm9Xc4Vb8Nn1Kp6⟧\""),
     (Kind::Ssn, "SSN ⟦536-90-4399⟧ on file"),
     (Kind::Ssn, "his social security number is ⟦536 90 4399⟧"),
     (Kind::Itin, "ITIN ⟦912-70-1234⟧"),
