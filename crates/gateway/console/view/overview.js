@@ -41,7 +41,7 @@ function numbers(series, live, { backends }) {
   const b = series.budget;
   const well = backends.filter((x) => x.available).length;
   const [ttft, gap] = [series.total.ttft_s, series.total.gap_s];
-  const burn = b.burn_last_hour === null ? "" : `, burning ${short(b.burn_last_hour)}× in the last hour`;
+  const burn = b.burn_last_hour === null ? "" : `, ${short(b.burn_last_hour)}× in the last hour`;
   return [
     { name: "Requests", value: perSecond(series.rate_now), note: `${short(series.total.requests)} in this time`, extra: spark(series.requests_per_s) },
     { name: "In flight", value: whole(live.requests.length), note: `${live.waiting ? live.waiting + " waiting, " : ""}limit ${whole(live.limit)}`, extra: spark(series.in_flight, "s3") },
