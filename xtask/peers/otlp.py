@@ -57,7 +57,9 @@ class Handler(BaseHTTPRequestHandler):
             "unknown": unknown(message),
             "message": MessageToDict(message),
         }
-        print(json.dumps(seen), flush=True)
+        # One write: requests are served side by side.
+        sys.stdout.write(json.dumps(seen) + "\n")
+        sys.stdout.flush()
         self.reply(200, response().SerializeToString())
 
     def reply(self, status, body):

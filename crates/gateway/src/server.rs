@@ -162,6 +162,8 @@ pub async fn serve(
     if let Some(accounts) = accounts {
         // What cannot be written now is settled by the next to open them.
         let _ = accounts.flush().await;
+        // Found since the last look: nobody else will be told.
+        recorder::record_left(&app);
     }
     app.ledger.flush().await;
     Ok(())
