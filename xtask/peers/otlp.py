@@ -7,6 +7,7 @@ The first line is the port. `--fail N` answers the first N requests with 503.
 import argparse
 import json
 import sys
+import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from google.protobuf.json_format import MessageToDict
@@ -20,6 +21,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
+# Requests are served side by side, lines are not written so.
+LINE = threading.Lock()
 KINDS = {
     "/v1/traces": (ExportTraceServiceRequest, ExportTraceServiceResponse),
     "/v1/metrics": (ExportMetricsServiceRequest, ExportMetricsServiceResponse),
@@ -57,9 +60,8 @@ class Handler(BaseHTTPRequestHandler):
             "unknown": unknown(message),
             "message": MessageToDict(message),
         }
-        # One write: requests are served side by side.
-        sys.stdout.write(json.dumps(seen) + "\n")
-        sys.stdout.flush()
+        with LINE:
+            print(json.dumps(seen), flush=True)
         self.reply(200, response().SerializeToString())
 
     def reply(self, status, body):
