@@ -8,8 +8,8 @@
 //! prints the gateway's memory along the way, and fails when it goes on growing.
 //!
 //! The gateway has everything on that it has: a key with a team, limits of
-//! requests, tokens and money, prices, ledger, metrics, decisions. Its home is a
-//! temporary folder.
+//! requests, tokens and money, prices, ledger, metrics, decisions, a guard that
+//! redacts personal data both ways. Its home is a temporary folder.
 
 use ashlar_gateway::{Config, GatewayState};
 use ashlar_store::{AccountSettings, Accounts, Database, KeySettings, Limit, PriceList, Store, TeamSettings};
@@ -176,7 +176,8 @@ async fn gateway(upstream: &str) -> Result<(), Any> {
     let store = Store::open(home.path()).await?;
     let mut state = GatewayState::new(Vec::new(), store);
     state.routing = Config::parse(&format!(
-        "[backends.mock]\nkind = \"vllm\"\nurl = \"http://{upstream}/v1\"\nprobe = \"\"\n[models.m]\ntargets = [{{ backend = \"mock\" }}]\n"
+        "[backends.mock]\nkind = \"vllm\"\nurl = \"http://{upstream}/v1\"\nprobe = \"\"\n[models.m]\ntargets = [{{ backend = \"mock\" }}]\n\
+         [guard.policies.pii]\ncheck = \"pii\"\non = [\"request\", \"answer\"]\non_violation = \"redact\"\n"
     ))?;
     let accounts = Accounts::open(AccountSettings::new(Database::Sqlite(home.path().join("accounts.db")))).await?;
     let prices = "version = \"b\"\ncurrency = \"USD\"\n[[price]]\nmodel = \"m\"\ninput = \"0.15\"\noutput = \"0.6\"\n";

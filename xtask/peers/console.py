@@ -108,21 +108,6 @@ USUAL = {
     "requests": {"rows": "document.querySelectorAll('main tbody tr').length > 0"},
 }
 
-# What a guard sends, put into the server's answers before the page reads them.
-GUARD = """
-const real = window.fetch;
-window.fetch = async (path, options) => {
-  const reply = await real(path, options);
-  if (!/ashlar.(safety|requests)/.test(String(path)) || !reply.ok) return reply;
-  const body = await reply.json();
-  const verdict = { policy: "secrets-out", stage: "answer", action: "redact", kind: "aws_key", score: 0.98, released_chars: 12 };
-  if (body.response) body.response.guard = [verdict];
-  if (body.verdicts) body.verdicts = [{ ...verdict, model: "kiln", count: 7 }, { policy: "topics", stage: "prompt", action: "block", model: "books", count: 2 }];
-  return new Response(JSON.stringify(body), { status: reply.status, headers: reply.headers });
-};
-"""
-
-
 class Browser:
     def __init__(self, program, profile):
         read_end, self.write = os.pipe()
@@ -299,6 +284,10 @@ def signing_in(browser, root, key, out):
     browser.open(f"{root}/#/requests")
     want("a form in place of the view", "document.activeElement.id === 'key' && document.querySelectorAll('main table').length === 0")
     browser.picture(1280, out)
+    browser.value("document.querySelector('#nav a[href=\"#/latency\"]').click()")
+    want("the form again, wherever one goes", "document.activeElement.id === 'key' && location.hash === '#/latency' && !document.querySelector('.view')")
+    browser.open(f"{root}/#/requests")
+    want("and back", "document.activeElement.id === 'key'")
     browser.call("Input.insertText", text="ashlar-wrong")
     browser.key("Enter")
     want("a wrong key is told of", "document.querySelector('.sign-in [role=alert]').textContent.length > 5")
@@ -359,8 +348,6 @@ def main():
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         browser = Browser(program, profile)
         try:
-            if seeded:
-                browser.call("Page.addScriptToEvaluateOnNewDocument", source=GUARD)
             if key:
                 views = {}
                 missing = {"sign-in": wrong} if (wrong := signing_in(browser, root, key, out)) else {}

@@ -3,6 +3,7 @@
 use crate::{out, serve};
 use anyhow::{Context, Result, bail};
 use ashlar_gateway::guard::AbuseSettings;
+use ashlar_core::clock::rfc3339;
 use ashlar_store::{AbuseState, AbuseUser, Store};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -94,7 +95,7 @@ pub(crate) async fn run(home: &Path, what: What, as_json: bool) -> Result<()> {
                 }
             }
             for e in &events {
-                out::line(format!("  {}  {} ({}), weight {}, response {}", e.at_ms, e.policy, e.kind, e.weight, e.response));
+                out::line(format!("  {}  {} ({}), weight {}, response {}", rfc3339(e.at_ms), e.policy, e.kind, e.weight, e.response));
             }
         }
         What::Review { user, note } => return decide(&store, &user, AbuseState::Review, &note, as_json).await,

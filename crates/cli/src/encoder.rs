@@ -10,8 +10,8 @@ use std::{fs, path::Path, sync::Arc};
 
 /// Tokens computed at once; a page of texts is cut into parts of this size.
 const BATCH_TOKENS: usize = 4096;
-/// Bytes of a text looked at for each token that fits; longer words than this
-/// are cut, so that a large prompt is not tokenized whole for its beginning.
+/// Bytes of a text looked at first for each token that fits, so that a large prompt
+/// is not tokenized whole for its beginning.
 const BYTES_PER_TOKEN: usize = 16;
 
 /// The encoder in a folder with `config.json`, safetensors and `tokenizer.json`.
@@ -33,9 +33,12 @@ pub(crate) fn open(settings: &EncoderSettings) -> Result<(Embed, EncoderInfo)> {
     let embed = move |texts: &[&str]| {
         let mut ids = Vec::with_capacity(texts.len());
         for text in texts {
-            let text = clip(text, context * BYTES_PER_TOKEN);
             let bad = |e: ashlar_text::TextError| ApiError::bad_request(e.to_string(), Some("input"), None);
-            let mut of = tokenizer.encode_framed(text).map_err(bad)?;
+            let beginning = &text[..text.floor_char_boundary(context * BYTES_PER_TOKEN)];
+            let mut of = tokenizer.encode_framed(beginning).map_err(bad)?;
+            if of.len() < context && beginning.len() < text.len() {
+                of = tokenizer.encode_framed(text).map_err(bad)?;
+            }
             if of.len() > context {
                 // The last token closes the frame.
                 let last = of.last().copied();
@@ -62,18 +65,15 @@ pub(crate) fn open(settings: &EncoderSettings) -> Result<(Embed, EncoderInfo)> {
     Ok((Arc::new(embed), info))
 }
 
-/// The beginning of `text`, at most `most` bytes.
-fn clip(text: &str, most: usize) -> &str {
-    let end = (0..=most.min(text.len())).rev().find(|&i| text.is_char_boundary(i));
-    &text[..end.unwrap_or(0)]
-}
-
-/// Of tokenizer and weights, the files in the order of their names.
+/// Of all that vectors come from: tokenizer, configuration, how tokens are pooled,
+/// and the weights' files in the order of their names.
 fn digest(path: &Path, tokenizer: &[u8]) -> Result<ashlar_core::Digest> {
-    let mut files: Vec<_> = fs::read_dir(path)?.filter_map(|e| Some(e.ok()?.path())).collect();
+    let mut files = fs::read_dir(path)?.map(|e| Ok(e?.path())).collect::<std::io::Result<Vec<_>>>()?;
     files.retain(|f| f.extension().is_some_and(|e| e == "safetensors"));
     files.sort();
     ensure!(!files.is_empty(), "{} holds no safetensors file", path.display());
+    let settings = ["config.json", "1_Pooling/config.json"].map(|name| path.join(name));
+    files.splice(0..0, settings.into_iter().filter(|f| f.exists()));
     let mut hasher = Hasher::new();
     hasher.update(tokenizer);
     for file in files {

@@ -2,7 +2,7 @@
 //! out.
 
 use crate::{
-    out,
+    jsonl, out,
     router::{self, Files},
 };
 use anyhow::{Context, Result, ensure};
@@ -22,7 +22,7 @@ struct Labelled {
 /// Trains a head with a probability for each label by itself.
 pub(crate) fn train(data: &Path, files: &Files, as_json: bool) -> Result<()> {
     let mut by_text: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for (i, line) in router::lines::<Labelled>(data)?.into_iter().enumerate() {
+    for (i, line) in jsonl::read::<Labelled>(data)?.into_iter().enumerate() {
         let mut labels = line.labels;
         labels.sort();
         labels.dedup();

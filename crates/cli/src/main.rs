@@ -9,6 +9,7 @@ mod chat;
 mod doctor;
 mod encoder;
 mod guard;
+mod jsonl;
 mod keys;
 mod out;
 mod recipe;

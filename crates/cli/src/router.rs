@@ -1,10 +1,10 @@
 //! `ashlar gateway train-router` and `calibrate`: labelled prompts in, a file
 //! for the gateway's policies out.
 
-use crate::{encoder, out};
+use crate::{encoder, jsonl, out};
 use anyhow::{Context, Result, bail, ensure};
 use ashlar_gateway::{Embed, EncoderInfo, EncoderSettings, Examples, Head, HeadKind, Quality, Scored, Want};
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::Deserialize;
 use serde_json::json;
 use std::{
     collections::BTreeMap,
@@ -56,13 +56,6 @@ struct Evaluated {
     scores: BTreeMap<String, f64>,
 }
 
-/// The objects of a JSONL file.
-pub(crate) fn lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
-    let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let filled = text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty());
-    filled.map(|(i, l)| serde_json::from_str(l).with_context(|| format!("{}, line {}", path.display(), i + 1))).collect()
-}
-
 pub(crate) fn open(files: &Files) -> Result<(Embed, EncoderInfo)> {
     encoder::open(&EncoderSettings { path: files.encoder.clone(), name: None, truncatable: false })
 }
@@ -111,7 +104,7 @@ fn labels(read: Vec<Labelled>) -> Result<BTreeMap<String, Vec<(String, f32)>>> {
 
 /// Trains the head of `policy = "task"`.
 pub(crate) fn train(data: &Path, files: &Files, as_json: bool) -> Result<()> {
-    let labelled = labels(lines(data)?)?;
+    let labelled = labels(jsonl::read(data)?)?;
     let mut names: Vec<String> = labelled.values().flatten().map(|(l, _)| l.clone()).collect();
     names.sort();
     names.dedup();
@@ -157,7 +150,7 @@ pub(crate) fn calibrate(data: &Path, (strong, weak): (&str, &str), wanted: &Want
         // clap lets nothing else through.
         _ => bail!("give --share or --quality"),
     };
-    let evaluated: Vec<Evaluated> = lines(data)?;
+    let evaluated: Vec<Evaluated> = jsonl::read(data)?;
     let (embed, info) = open(files)?;
     let prompts: Vec<&str> = evaluated.iter().map(|e| e.prompt.as_str()).collect();
     let rows = vectors(&embed, &prompts)?;

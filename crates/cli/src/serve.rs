@@ -321,10 +321,12 @@ pub(crate) async fn run(
     let model = model.or(file.is_none().then_some("prod"));
     let routing = file.map(read_config).transpose()?.unwrap_or_default();
     let keys = door.require_keys || routing.accounts.require_keys;
-    let listener = bind(listen, keys || door.no_keys).await?;
     if door.no_keys && routing.accounts.require_keys {
         bail!("--no-keys is given and the file requires keys: leave one out");
     }
+    let listener = bind(listen, keys || door.no_keys).await?;
+    let scheme = if routing.server.tls_cert.is_some() { "https" } else { "http" };
+    let console = if keys || listener.local_addr()?.ip().is_loopback() { "console at /, " } else { "" };
     let server = start_all(&store, model, routing, file, door, listener, engine).await?;
     if as_json {
         let (address, plan) = (server.address().to_string(), server.plans.first());
@@ -332,6 +334,6 @@ pub(crate) async fn run(
     }
     server.plans.iter().for_each(|plan| out::note(plan.to_string()));
     let names = server.models.join(", ");
-    out::note(format!("serving {names} on http://{}  (console at /, API at /v1; Ctrl-C stops)", server.address()));
+    out::note(format!("serving {names} on {scheme}://{}  ({console}API at /v1; Ctrl-C stops)", server.address()));
     server.until_interrupted().await
 }

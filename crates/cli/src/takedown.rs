@@ -60,17 +60,24 @@ pub(crate) async fn run(home: &Path, id: &str, reason: &str, dry_run: bool, as_j
 async fn forbid(store: &Store, documents: &[ashlar_core::Digest], artifacts: &[ashlar_core::Digest]) -> Result<()> {
     let mut left: BTreeSet<_> = documents.iter().copied().collect();
     for artifact in artifacts {
+        if left.is_empty() {
+            break;
+        }
         let known = store.artifact(artifact).await?;
-        if left.is_empty() || known.is_none_or(|a| a.kind != ArtifactKind::Snapshot) {
+        if known.is_none_or(|a| a.kind != ArtifactKind::Snapshot) {
             continue;
         }
         let dir = tempfile::tempdir()?;
+        let there = store.materialize(artifact, dir.path()).await.map_err(anyhow::Error::from);
         // The takedown stands, whether its text can still be read or not.
-        if let Err(e) = store.materialize(artifact, dir.path()).await {
-            out::note(format!("warning: snapshot {artifact} cannot be read: {e}"));
-            continue;
-        }
-        for kept in ashlar_data::read_kept(dir.path()).unwrap_or_default() {
+        let kept = match there.and_then(|_| Ok(ashlar_data::read_kept(dir.path())?)) {
+            Ok(kept) => kept,
+            Err(e) => {
+                out::note(format!("warning: snapshot {artifact} cannot be read: {e:#}"));
+                continue;
+            }
+        };
+        for kept in kept {
             if left.remove(&kept.doc) {
                 store.forbid(&kept.doc, &ashlar_gateway::guard::shingles(&kept.text)).await?;
             }

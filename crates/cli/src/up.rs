@@ -6,7 +6,7 @@
 
 use crate::{
     doctor::{cache_dir, cores},
-    out,
+    jsonl, out,
     recipe::Recipe,
     serve::{self, EngineArgs},
 };
@@ -497,7 +497,7 @@ impl Up {
 
     async fn measure(&self, name: &str, model: Digest, held_out: Digest, general: Digest) -> Result<(Report, Report)> {
         let qa: Vec<QaItem> = self.read_json(&held_out)?;
-        let choices = read_jsonl::<ChoiceItem>(&self.file(&general)?)?;
+        let choices = jsonl::read::<ChoiceItem>(&self.file(&general)?)?;
         let backend = self.backend(name, &model)?;
         let bar = out::bar((qa.len() + choices.len()) as u64, name);
         let max = self.recipe.eval.max_tokens;
@@ -567,13 +567,4 @@ fn text<'a>(value: &'a Value, key: &str) -> &'a str {
 
 fn percent(v: &Value) -> String {
     v.as_f64().map_or("?".into(), |v| format!("{:.1} %", 100.0 * v))
-}
-
-/// One JSON value a line; a bad line is named.
-fn read_jsonl<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
-    let text = std::fs::read_to_string(path)?;
-    let lines = text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty());
-    lines
-        .map(|(n, l)| serde_json::from_str(l).with_context(|| format!("{} line {}", path.display(), n + 1)))
-        .collect()
 }

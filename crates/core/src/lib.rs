@@ -15,6 +15,7 @@ pub mod clock;
 pub mod decimal;
 pub mod digest;
 pub mod dtype;
+pub mod hash;
 pub mod hint;
 pub mod id;
 pub mod json;

@@ -4,27 +4,14 @@
 //! Rajaraman and Ullman, ch. 3); [`jaccard`] decides. Unverified pairs merge
 //! what only looks alike.
 
-/// SplitMix64's finalizer: every bit of `x` moves every bit of the result.
-fn mix(mut x: u64) -> u64 {
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
-}
+use ashlar_core::hash::{fnv1a, mix};
 
 /// The 64-bit hashes of the words of `text`: runs of letters and digits, lower
 /// case (FNV-1a).
 pub fn words(text: &str) -> Vec<u64> {
     text.split(|c: char| !c.is_alphanumeric())
         .filter(|w| !w.is_empty())
-        .map(|w| {
-            let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-            for c in w.chars().flat_map(char::to_lowercase) {
-                for b in u32::from(c).to_le_bytes() {
-                    hash = (hash ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3);
-                }
-            }
-            hash
-        })
+        .map(|w| fnv1a(w.chars().flat_map(char::to_lowercase).flat_map(|c| u32::from(c).to_le_bytes())))
         .collect()
 }
 

@@ -1,8 +1,9 @@
 // The console's beginning: which view is shown, and the life it has.
 //
-// A view is a module with `title` and `mount(main, {arg, params, trouble, go})`,
+// A view is a module with `title` and `mount(main, {arg, params, trouble, go, again})`,
 // which builds it and returns `{refresh(signal), every}`. It is refreshed while it
-// is shown and the page is seen, and left with everything it holds.
+// is shown and the page is seen, at once when it asks for it by `again()`, and left
+// with everything it holds.
 
 import { el, put } from "./lib/dom.js";
 import { live } from "./lib/live.js";
@@ -78,7 +79,7 @@ async function show(event) {
   document.title = view.title + " – Ashlar";
   const main = el("div", { class: "view", id: "view-" + name });
   const go = (hash) => { if (location.hash === hash) show(); else location.hash = hash; };
-  const { refresh, every, leave } = view.mount(main, { arg, params, trouble, go });
+  const { refresh, every, leave } = view.mount(main, { arg, params, trouble, go, again: () => shown?.now?.() });
   $("main").replaceChildren(main);
   if (event) {
     scrollTo(0, 0);
@@ -98,9 +99,9 @@ async function start() {
   shown?.stop();
   try {
     const who = await session();
-    showWho($("who"), who, start);
+    showWho($("who"), who, start, trouble);
     starting = false;
-    required = who.required && who.signed_in;
+    required = who.required;
     if (who.required && !who.signed_in) {
       showNav(place().name);
       trouble(null);

@@ -23,7 +23,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -153,6 +153,8 @@ pub(crate) struct App {
     pub(crate) ledger: Ledger,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) live: LiveTable,
+    /// Places taken of `max_in_flight`.
+    pub(crate) in_flight: Arc<AtomicUsize>,
     pub(crate) series: Series,
     pub(crate) decisions: Decisions,
     pub(crate) telemetry: Telemetry,
@@ -240,7 +242,7 @@ impl App {
         });
         let canaries = table.canaries().map(|(model, c)| (model.to_owned(), c.rolled_back().is_some()));
         Gauges {
-            in_flight: self.live.len() as u64,
+            in_flight: self.in_flight.load(Relaxed) as u64,
             engine,
             backends: backends.collect(),
             guard: self.guard.counters.counts(),

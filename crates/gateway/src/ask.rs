@@ -319,8 +319,7 @@ impl Ask {
 
     /// What is asked, as text: the last turn of the user, or the prompt.
     pub(crate) fn question(&self) -> String {
-        let field = self.raw(self.endpoint.prompt());
-        match field.and_then(|raw| serde_json::from_str::<serde_json::Value>(raw).ok()) {
+        match serde_json::from_str::<serde_json::Value>(self.prompt()).ok() {
             Some(serde_json::Value::Array(turns)) => {
                 let said = turns.iter().rfind(|t| t["role"] == "user").or(turns.last());
                 said.map(|t| text_of(t.get("content").unwrap_or(t))).unwrap_or_default()

@@ -13,7 +13,7 @@ mod request;
 mod safety;
 mod usage;
 
-use crate::{app::App, error::Failure};
+use crate::{app::App, error::Failure, signin};
 use ashlar_api::ApiError;
 use ashlar_core::clock;
 use ashlar_store::{AccountError, StoreError};
@@ -21,6 +21,7 @@ use axum::{
     Router,
     extract::State,
     http::{HeaderName, header},
+    middleware,
     routing::{get, post},
 };
 use std::{collections::HashMap, ops::RangeInclusive, sync::Arc};
@@ -43,17 +44,9 @@ pub(crate) const SECURITY_HEADERS: [(HeaderName, &str); 5] = [
     ),
 ];
 
-pub(crate) fn routes() -> Router<Arc<App>> {
-    Router::new()
-        .route("/", get(asset::page))
-        .route("/icon.svg", get(asset::icon))
-        .route("/console/{*name}", get(asset::file))
-        .route("/ashlar/live", get(live::live))
-        .route("/ashlar/series", get(live::series))
-        .route("/ashlar/backends", get(live::backends))
-        .route("/ashlar/releases", get(release::releases))
+pub(crate) fn routes(app: &Arc<App>) -> Router<Arc<App>> {
+    let ledgers = Router::new()
         .route("/ashlar/canaries", get(release::canaries))
-        .route("/ashlar/canaries/{model}/take-back", post(release::take_back))
         .route("/ashlar/responses", get(request::responses))
         .route("/ashlar/requests/{id}", get(request::request))
         .route("/ashlar/cost", get(usage::cost))
@@ -62,6 +55,17 @@ pub(crate) fn routes() -> Router<Arc<App>> {
         .route("/ashlar/abuse", get(safety::abuse))
         .route("/ashlar/trace/{id}", get(lineage::trace))
         .route("/ashlar/graph/{file}", get(lineage::picture))
+        .route_layer(middleware::from_fn_with_state(app.clone(), signin::written));
+    Router::new()
+        .route("/", get(asset::page))
+        .route("/icon.svg", get(asset::icon))
+        .route("/console/{*name}", get(asset::file))
+        .route("/ashlar/live", get(live::live))
+        .route("/ashlar/series", get(live::series))
+        .route("/ashlar/backends", get(live::backends))
+        .route("/ashlar/releases", get(release::releases))
+        .route("/ashlar/canaries/{model}/take-back", post(release::take_back))
+        .merge(ledgers)
 }
 
 /// The whole number `name` of a query.

@@ -28,7 +28,13 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, header},
     response::{IntoResponse as _, Response},
 };
-use std::{borrow::Cow, sync::Arc};
+use std::{
+    borrow::Cow,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+};
 
 /// Bytes of JSON for which a token of prompt is set aside. Ordinary text has three
 /// to four; text made to have fewer than two is charged in full when it settles.
@@ -40,7 +46,25 @@ const TEMPLATE_TOKENS: u64 = 32;
 #[derive(Debug, Clone)]
 pub(crate) struct Caller(Option<Arc<Access>>);
 
-/// A request that was let in.
+/// One of the places that `max_in_flight` counts, until it is dropped.
+pub(crate) struct Place(Arc<AtomicUsize>);
+
+impl Place {
+    /// One of `limit`, unless as many are taken.
+    fn take(taken: &Arc<AtomicUsize>, limit: usize) -> Result<Self, usize> {
+        let one_more = |n: usize| (n < limit).then_some(n + 1);
+        taken.fetch_update(Relaxed, Relaxed, one_more).map(|_| Self(taken.clone()))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
+/// A request that was let in. One that goes no further gives back what was set aside
+/// for it.
 pub(crate) struct Entered {
     /// The id of the response, and of its row in the usage ledger.
     pub(crate) id: String,
@@ -48,8 +72,17 @@ pub(crate) struct Entered {
     end_user: Option<String>,
     /// What is set aside; `None` on a server without accounts.
     pub(crate) reservation: Option<Reservation>,
+    pub(crate) place: Option<Place>,
     /// `x-ratelimit-…`.
     pub(crate) limits: HeaderMap,
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        if let Some(reservation) = self.reservation.take() {
+            reservation.withdraw();
+        }
+    }
 }
 
 /// The secret a client sends, as OpenAI's clients or as Anthropic's.
@@ -145,17 +178,30 @@ impl Caller {
         app.names(table).into_iter().filter(|n| self.may(n)).collect()
     }
 
-    /// `ask` with no higher priority than the key may ask for. Only an engine has
-    /// priorities; other servers refuse the field by name.
+    /// `ask` with no higher priority than the key may ask for. Engines, ours here or in
+    /// another process, answer higher ones first; some other servers take the field and
+    /// count the other way.
     ///
     /// # Errors
-    /// 400 for a priority that is no integer.
-    pub(crate) fn narrow(&self, ask: Ask, route: &Route) -> Result<Ask, ApiError> {
-        let Some(access) = self.0.as_ref().filter(|_| ask.endpoint.streams()) else { return Ok(ask) };
+    /// 400 for a priority that is no integer, and for one of a key with a ceiling that
+    /// may go to a server of another kind.
+    pub(crate) fn narrow(&self, table: &Table, ask: Ask, route: &Route) -> Result<Ask, ApiError> {
+        let Some(access) = &self.0 else { return Ok(ask) };
         let sent: Option<i32> = ask.typed("priority", "an integer of 32 bits")?;
-        let engine = || route.targets.iter().any(|t| t.node.dialect == Dialect::Engine);
+        let of = |kinds: &[Dialect]| route.targets.iter().any(|t| kinds.contains(&t.node.dialect));
+        let ceiling = access.priority(i32::MAX) < i32::MAX;
+        if sent.is_some() && ceiling {
+            let fallbacks = route.fallback.iter().filter_map(|name| table.route(name));
+            let reached = fallbacks.flat_map(|r| r.targets.clone()).chain(route.targets.iter().cloned());
+            if let Some(other) = reached.map(|t| t.node.dialect).find(|d| !matches!(d, Dialect::Engine | Dialect::Ashlar)) {
+                let message = format!("this key has a highest priority, which {} has no notion of: leave priority out", other.as_str());
+                return Err(ApiError::bad_request(message, Some("priority"), Some("unsupported_parameter")));
+            }
+        }
         let allowed = access.priority(sent.unwrap_or(0));
-        if allowed == sent.unwrap_or(0) || (sent.is_none() && !engine()) {
+        // What generates nothing waits for nothing.
+        let implied = sent.is_some() || (of(&[Dialect::Engine]) && ask.endpoint.streams());
+        if allowed == sent.unwrap_or(0) || !implied {
             return Ok(ask);
         }
         ask.with("priority", &allowed.to_string())
@@ -169,16 +215,17 @@ impl Caller {
     /// could not be decided.
     pub(crate) async fn enter(&self, app: &App, table: &Table, ask: &Ask, plan: &Plan) -> Result<Entered, Response> {
         let refused = |error: ApiError| Failure::from(error).into_response();
-        let (in_flight, limit) = (app.live.len(), table.limits.max_in_flight);
-        if in_flight >= limit {
-            let message = format!("{in_flight} responses are in flight, the limit is {limit}");
-            return Err(refused(ApiError::overloaded(message, 1)));
-        }
+        let limit = table.limits.max_in_flight;
+        let place = Place::take(&app.in_flight, limit).map_err(|taken| {
+            let message = format!("{taken} responses are in flight, the limit is {limit}");
+            refused(ApiError::overloaded(message, 1))
+        })?;
         let mut entered = Entered {
             id: ashlar_core::id::new(ask.endpoint.id_prefix()),
             access: self.0.clone(),
             end_user: None,
             reservation: None,
+            place: Some(place),
             limits: HeaderMap::new(),
         };
         let Some(accounts) = &app.state.accounts else { return Ok(entered) };
@@ -309,6 +356,10 @@ fn seconds_until(at_ms: i64) -> u32 {
     u32::try_from(ms.unsigned_abs().div_ceil(1000)).unwrap_or(u32::MAX).max(1)
 }
 
+/// Marks the answer to a key that used up a limit of its own.
+#[derive(Clone, Copy)]
+pub(crate) struct UsedUp;
+
 /// 429 with the limit's numbers. Where waiting does not help, clients are told not
 /// to try again, in the way OpenAI's obey.
 fn exceeded(e: &Exceeded) -> Response {
@@ -319,6 +370,7 @@ fn exceeded(e: &Exceeded) -> Response {
     };
     let error = ApiError { kind: kind.into(), retry_after: wait, ..refuse(429, code, e.to_string()) };
     let mut response = Failure::from(error).into_response();
+    response.extensions_mut().insert(UsedUp);
     let headers = response.headers_mut();
     let left = e.limit.amount.checked_sub(e.taken).filter(|d| d.picos() > 0).unwrap_or(Decimal::ZERO);
     limits(headers, e.limit.measure, e.limit.amount, left, e.retry_at_ms);

@@ -227,19 +227,6 @@ impl Metrics {
         each
     }
 
-    /// The three histograms the console draws, over all models.
-    pub(crate) fn histograms(&self) -> serde_json::Value {
-        let models = self.models();
-        let sum = |pick: Pick, bounds: &'static [f64]| {
-            let mut sum = Histogram::new(bounds).now();
-            models.iter().for_each(|(.., m)| sum.add(&pick(m).now()));
-            serde_json::json!({"bounds": sum.bounds, "counts": sum.counts, "sum": sum.sum})
-        };
-        serde_json::json!({
-            "ttft": sum(|m| &m.ttft, TTFT), "itl": sum(|m| &m.itl, ITL), "e2e": sum(|m| &m.e2e, E2E),
-        })
-    }
-
     /// Everything, as of now.
     pub(crate) fn collect(&self, gauges: &Gauges) -> Vec<Family> {
         let mut f = Families::default();

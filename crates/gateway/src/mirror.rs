@@ -66,6 +66,8 @@ struct Tally {
     /// The client's own answer did not end well.
     alone: u64,
     pairs: u64,
+    /// Pairs of which either has a text, and the sum of how far they agree.
+    texts: u64,
     agreement: f64,
     refused: [u64; 2],
     /// Both answers or neither were refusals.
@@ -114,7 +116,7 @@ impl Mirror {
             json!({
                 "backend": self.target.node.name, "upstream_model": self.target.model, "share": self.settings.share,
                 "copied": t.copied, "no_room": t.no_room, "unfit": t.unfit, "failed": t.failed, "alone": t.alone, "pairs": t.pairs,
-                "agreement": t.agreement / n,
+                "agreement": (t.texts > 0).then(|| t.agreement / t.texts as f64),
                 "refusals": {"mirror": t.refused[0], "answer": t.refused[1], "alike": t.refused_alike},
                 "first_token_ms": of(ms(t.first_token_s), t.first_tokens.max(1) as f64),
                 "total_ms": of(ms(t.total_s), n), "tokens": of(t.tokens.map(|n| n as f64), n),
@@ -125,7 +127,10 @@ impl Mirror {
     fn compare(&self, copy: &Told, answer: &Told) {
         self.tally(|t| {
             t.pairs += 1;
-            t.agreement += agreement(&copy.text, &answer.text);
+            if !(copy.text.is_empty() && answer.text.is_empty()) {
+                t.texts += 1;
+                t.agreement += agreement(&copy.text, &answer.text);
+            }
             t.refused[0] += u64::from(copy.refused);
             t.refused[1] += u64::from(answer.refused);
             t.refused_alike += u64::from(copy.refused == answer.refused);
@@ -172,8 +177,9 @@ impl Listener {
     }
 
     /// Draws whether `ask`, whose answer has begun as `id`, is copied; if so it
-    /// is on its way when this returns, and nothing was waited for.
-    pub(crate) fn draw(app: &Arc<App>, table: &Table, mirror: &Arc<Mirror>, ask: &Ask, id: &str) -> Option<Self> {
+    /// is on its way when this returns, and nothing was waited for. Times of the
+    /// answer count from `began`, its sending, as the copy's do.
+    pub(crate) fn draw(app: &Arc<App>, table: &Table, mirror: &Arc<Mirror>, ask: &Ask, id: &str, began: Instant) -> Option<Self> {
         if random() >= mirror.settings.share {
             return None;
         }
@@ -198,7 +204,7 @@ impl Listener {
             _room: room,
         };
         app.copies.spawn(copy.run());
-        Some(Self { to: Some(to), ..Self::new(ask.arrived) })
+        Some(Self { to: Some(to), ..Self::new(began) })
     }
 
     /// Takes note of a piece that came at `at`.
@@ -211,9 +217,8 @@ impl Listener {
         if piece.gains() {
             self.told.first_token.get_or_insert(at.saturating_duration_since(self.arrived));
         }
-        if self.told.text.len() + text.len() <= COMPARED {
-            self.told.text.push_str(text);
-        }
+        let room = COMPARED.saturating_sub(self.told.text.len());
+        self.told.text.push_str(&text[..text.floor_char_boundary(room)]);
     }
 
     /// The answer has ended well.
@@ -271,6 +276,7 @@ impl Copy {
             prompt_estimate: ask.prompt_estimate(),
             decision,
             reservation: None,
+            place: None,
             guard: Arc::default(),
         });
         recorder.sent_to(target, &ask.model, target.node.dialect != Dialect::Engine);

@@ -25,6 +25,8 @@ pub(crate) struct Node {
     pub(crate) machine: Arc<Machine>,
     /// What it was made of; `None` for an engine.
     pub(crate) settings: Option<BackendSettings>,
+    /// It reads texts and generates none.
+    pub(crate) encodes: bool,
     prober: Mutex<Option<AbortHandle>>,
 }
 
@@ -53,7 +55,9 @@ impl Node {
     pub(crate) fn encoder(embed: Embed, info: EncoderInfo) -> Self {
         let (name, created) = (info.id.name.clone(), ashlar_core::clock::now_ms() / 1000);
         let upstream = Box::new(Encode { embed, info, created });
-        Self::of(name, Dialect::Engine, upstream, health(&BackendSettings::default()), None)
+        let mut node = Self::of(name, Dialect::Engine, upstream, health(&BackendSettings::default()), None);
+        node.encodes = true;
+        node
     }
 
     /// For tests of what does not send.
@@ -69,7 +73,7 @@ impl Node {
         health: Arc<Health>,
         settings: Option<BackendSettings>,
     ) -> Self {
-        Self { name, dialect, upstream, health, machine: Arc::default(), settings, prober: Mutex::new(None) }
+        Self { name, dialect, upstream, health, machine: Arc::default(), settings, encodes: false, prober: Mutex::new(None) }
     }
 
     /// A server.

@@ -27,6 +27,7 @@
 use crate::{
     app::App,
     ask::Ask,
+    door::Place,
     guard,
     ledger::Entry,
     machine::Share,
@@ -72,11 +73,6 @@ impl LiveTable {
         f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Those that a client waits for: copies take no one's place.
-    pub(crate) fn len(&self) -> usize {
-        self.with(|t| t.keys().filter(|id| !id.starts_with(crate::mirror::PREFIX)).count())
-    }
-
     pub(crate) fn to_json(&self) -> serde_json::Value {
         let rows = self.with(|t| t.values().cloned().collect::<Vec<_>>());
         rows.iter()
@@ -108,6 +104,8 @@ pub(crate) struct Intake {
     pub(crate) decision: Arc<Decision>,
     /// What is set aside for it in the accounts.
     pub(crate) reservation: Option<Reservation>,
+    /// Held while it is under way; `None` of a copy, which takes no client's.
+    pub(crate) place: Option<Place>,
     /// What the guard does.
     pub(crate) guard: Arc<guard::Log>,
 }
@@ -125,6 +123,7 @@ pub(crate) struct Recorder {
     live: Arc<Live>,
     decision: Arc<Decision>,
     reservation: Option<Reservation>,
+    place: Option<Place>,
     guard: Arc<guard::Log>,
     /// Who it was admitted for.
     first: Answered,
@@ -164,7 +163,9 @@ impl Recorder {
             ttft_us: AtomicU64::new(0),
         });
         app.live.with(|t| t.insert(live.id.clone(), live.clone()));
-        app.series.arrived(app.live.len());
+        if intake.place.is_some() {
+            app.series.arrived(app.in_flight.load(Relaxed));
+        }
         let first = Answered {
             release: intake.release.clone(),
             model: intake.model.clone(),
@@ -192,6 +193,7 @@ impl Recorder {
             live,
             decision: intake.decision,
             reservation: intake.reservation,
+            place: intake.place,
             guard: intake.guard,
             first,
             unwritten,
@@ -235,6 +237,11 @@ impl Recorder {
         &self.live.id
     }
 
+    /// The model that answers, as clients see it; the first choice until one does.
+    fn model(&self) -> &str {
+        self.target.as_ref().map_or(&self.live.model, |(_, model)| model)
+    }
+
     /// Whether the settled answer was a refusal.
     pub(crate) fn refused(&self) -> bool {
         self.refused
@@ -257,8 +264,7 @@ impl Recorder {
     }
 
     /// Takes note of a piece that came at `now`; one that ends the answer is
-    /// settled before this returns, so that whoever sees the end also finds the
-    /// record.
+    /// settled before this returns.
     pub(crate) async fn note(&mut self, piece: &Piece, now: Instant) {
         match piece {
             Piece::Started { prompt_tokens, cached_tokens } => {
@@ -280,8 +286,10 @@ impl Recorder {
         match self.last {
             Some(last) => {
                 let gap = (now - last).as_secs_f64();
-                self.app.metrics.token_gap(&self.live.model, self.live.endpoint, gap);
-                self.app.series.token_gap(gap);
+                self.app.metrics.token_gap(self.model(), self.live.endpoint, gap);
+                if self.place.is_some() {
+                    self.app.series.token_gap(gap);
+                }
             }
             None => {
                 self.first_token = Some(now);
@@ -342,8 +350,11 @@ impl Recorder {
             End::Failed(e) => (Finish::Error, counted, since(self.started), Some(e.to_owned()), false),
             End::Cancelled => (Finish::Cancelled, counted, since(self.started), None, false),
         };
-        self.decision.settled(tokens);
         let (ttft, total) = (since(self.first_token), self.live.arrived.elapsed());
+        // The guard looks between reading and sending.
+        let (waited, s) = (self.guard.waited_s(), |d: Option<Duration>| d.map(|d| d.as_secs_f64()));
+        let phases = Phases::of(self.decision.sent_s() - waited, waited, s(queue).unwrap_or(0.0), s(ttft), total.as_secs_f64());
+        self.decision.settled(tokens, phases);
         let refusal = refused || refusal::opens_with_refusal(&self.answer);
         self.refused = refusal;
         let answered = self.target.as_ref().map(|(target, model)| Answered {
@@ -376,7 +387,7 @@ impl Recorder {
         };
         let usage = tokens.usage();
         let sample = Sample {
-            model: &self.live.model,
+            model: self.model(),
             endpoint: self.live.endpoint,
             finish: finish.as_str(),
             prompt_tokens: usage.prompt_tokens,
@@ -390,10 +401,10 @@ impl Recorder {
             estimated: tokens.estimated,
         };
         self.app.metrics.settled(&sample);
-        // The guard looks between reading and sending.
-        let waited = self.guard.waited_s();
-        let phases = Phases::of(self.decision.sent_s() - waited, waited, sample.queue_s.unwrap_or(0.0), sample.ttft_s, sample.total_s);
-        self.app.series.settled(&sample, phases);
+        // A copy's end is no client's.
+        if self.place.is_some() {
+            self.app.series.settled(&sample, phases);
+        }
         let answer = std::mem::take(&mut self.answer);
         let ms = |d: Option<Duration>| d.map_or(0.0, |d| d.as_secs_f64() * 1e3);
         let ended = Ended {
@@ -526,6 +537,9 @@ pub(crate) fn record_left(app: &App) {
             seed: None,
             stream: row.stream,
         };
-        app.ledger.send(Entry::Left(Ended { id: row.id, admission: Some(admission), settlement, answered: None, route: None }));
+        let left = Ended { id: row.id, admission: Some(admission), settlement, answered: None, route: None };
+        if !app.ledger.send(Entry::Left(left)) {
+            app.metrics.ledger_error();
+        }
     }
 }

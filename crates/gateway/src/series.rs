@@ -105,7 +105,7 @@ impl Sketch {
 }
 
 /// Where an answer's time went, in seconds.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, serde::Serialize)]
 pub(crate) struct Phases {
     /// In the gateway before it was sent to who answered: reading, routing, failed
     /// attempts.
@@ -341,6 +341,10 @@ impl Series {
             }
             total.merge(slot);
         }
+        let recent: u64 = rings[0].since(now_ms - 10_000).map(|s| s.arrived).sum();
+        let budget = budget(&rings[1], now_ms, self.since_ms, objective);
+        // A token waits for this lock: what follows takes its time.
+        drop(rings);
         let at: Vec<i64> = (0..n as i64).map(|i| from_ms + i * step_ms).collect();
         // Before the start nothing was measured, which is another thing than zero.
         let ran = |i: usize| at[i] + step_ms > self.since_ms;
@@ -363,7 +367,6 @@ impl Series {
         let phases: serde_json::Map<String, Value> = phases.collect();
         let quantile = |f: fn(&Slot) -> &Sketch, q: f64| column(&|p| json!(f(p).quantile(SECONDS, q)));
         let of = |f: fn(&Slot) -> &Sketch| json!({"p50": quantile(f, 0.5), "p95": quantile(f, 0.95), "p99": quantile(f, 0.99)});
-        let recent: u64 = rings[0].since(now_ms - 10_000).map(|s| s.arrived).sum();
         let recent_s = (now_ms - self.since_ms).clamp(1000, 10_000) as f64 / 1e3;
         json!({
             "now_ms": now_ms, "since_ms": self.since_ms, "minutes": minutes, "windows": Self::windows(), "step_ms": step_ms,
@@ -374,7 +377,7 @@ impl Series {
             "in_flight": column(&|p| json!(p.in_flight)),
             "ttft_s": of(|p| &p.ttft), "gap_s": of(|p| &p.gap), "total_s": of(|p| &p.total), "phases_s": phases,
             "total": total.to_json(), "rate_now": recent as f64 / recent_s,
-            "budget": budget(&rings[1], now_ms, self.since_ms, objective),
+            "budget": budget,
         })
     }
 }

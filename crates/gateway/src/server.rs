@@ -11,7 +11,7 @@ use crate::{
     ask::{Ask, Endpoint},
     config::{Config, ConfigError},
     console,
-    door::Caller,
+    door::{Caller, UsedUp},
     embed,
     error::{Failure, refuse},
     guard, intake,
@@ -116,6 +116,7 @@ pub async fn serve(
         ledger,
         metrics,
         live: LiveTable::default(),
+        in_flight: Arc::default(),
         series: Series::new(),
         decisions: Decisions::default(),
         copies: Copies::default(),
@@ -231,7 +232,7 @@ fn router(app: Arc<App>, listen: SocketAddr) -> Router {
         .route("/metrics", get(metrics));
     let config = &app.state.config;
     if listen.ip().is_loopback() || config.open_console || config.require_keys {
-        let guarded = console::routes().merge(signin::routes());
+        let guarded = console::routes(&app).merge(signin::routes());
         router = router.merge(guarded.route_layer(middleware::from_fn_with_state(app.clone(), signin::guard)));
     }
     router
@@ -255,7 +256,7 @@ async fn gate(
         (Ok(()), None) => next.run(request).await,
         (Err(e), _) => Failure::from(e).into_response(),
     };
-    let status = response.status();
+    let (status, asks_a_model) = (response.status(), watch.is_some());
     if let Some(watch) = watch {
         watch.answered(status.as_u16());
     }
@@ -266,7 +267,9 @@ async fn gate(
     let admitted = response.headers().contains_key(RESPONSE_ID);
     if !admitted && (status.is_client_error() || status.is_server_error()) {
         app.metrics.rejected(status.as_u16());
-        if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
+        // A key that used up its own limit is not for want of anything here.
+        let wanting = status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS;
+        if asks_a_model && wanting && response.extensions().get::<UsedUp>().is_none() {
             app.series.turned_away();
         }
     }
@@ -308,7 +311,7 @@ async fn run(app: &Arc<App>, endpoint: Endpoint, request: Request) -> Result<Res
     crate::watch::read_to_its_end();
     let ask = Ask::read(endpoint, parts.headers, body, arrived)?;
     let route = caller.route(app, &table, &ask.model)?;
-    let ask = caller.narrow(ask, &route)?;
+    let ask = caller.narrow(&table, ask, &route)?;
     if table.wants_vector(&route) {
         embed::question(&app.state, &ask).await;
     }
@@ -362,7 +365,9 @@ async fn health(State(app): Shared) -> Response {
     let unhealthy = |n: &Node| n.check(now).err().map(|u| u.why);
     let backends: Vec<_> =
         table.nodes.iter().map(|n| json!({"name": n.name, "kind": n.dialect, "unhealthy": unhealthy(n)})).collect();
-    let serving = backends.iter().any(|b| b["unhealthy"].is_null());
+    // The encoder of this process is no reason to send it prompts, if there are others.
+    let others = table.nodes.iter().any(|n| !n.encodes);
+    let serving = table.nodes.iter().any(|n| n.encodes != others && n.check(now).is_ok());
     let ledger = app.state.store.responses(1).await;
     let draining = app.draining.load(Relaxed);
     let ok = serving && ledger.is_ok() && !draining;

@@ -78,7 +78,7 @@ impl Session {
         app.decisions.insert(&id, plan.decision.clone());
         let intake = Intake {
             id: id.clone(),
-            release: if engine { app.release(&first.model) } else { None },
+            release: app.release_of(&first),
             model: model.clone(),
             backend: first.node.name.clone(),
             endpoint: ask.endpoint.path(),
@@ -89,6 +89,7 @@ impl Session {
             prompt_estimate: ask.prompt_estimate(),
             decision: plan.decision.clone(),
             reservation: entered.reservation.take(),
+            place: entered.place.take(),
             guard: guarded.log(),
         };
         let seen = Observed::begin(app, ask, &id, &model, &first.node.name);
@@ -110,12 +111,12 @@ impl Session {
             timeout,
             stop: app.stop.clone(),
         };
-        session.recorder.sent_to(&first, &model, !engine);
         if let Some(error) = guarded.refused() {
             session.refuse().await?;
             guarded.strike(&id).await;
             return Err(Failure { error, response_id: Some(id) });
         }
+        session.recorder.sent_to(&first, &model, !engine);
         let attempts = Attempts { app, table, plan: &plan, ask, entered: &entered, seed };
         let opened = attempts.open();
         let guard = session.guard.take();
@@ -123,14 +124,14 @@ impl Session {
         let opened = session.guarded(opened).await;
         session.guard = guard;
         // Also before an error is told: it carries the response's id.
-        session.recorder.admitted().await.map_err(|e| {
-            ApiError::unavailable(format!("the ledger did not take the request: {e}"))
-        })?;
+        session.admitted().await?;
+        // What the answer does is counted at its end; this is what was asked.
+        guarded.strike(&id).await;
         match opened {
             Ok(opened) => {
                 let route = plan.stages.iter().find(|s| s.route.name == opened.model).map(|s| &s.route);
                 let mirror = route.and_then(|r| r.mirror.as_ref());
-                session.mirror = mirror.and_then(|m| Listener::draw(app, table, m, ask, &id));
+                session.mirror = mirror.and_then(|m| Listener::draw(app, table, m, ask, &id, opened.hop.began));
                 let taken = session.take(opened).await;
                 taken.map_err(|error| Failure { error, response_id: Some(id) })?;
                 Ok(session)
@@ -178,12 +179,19 @@ impl Session {
 
     /// Settles a request that the guard refused.
     async fn refuse(&mut self) -> Result<(), ApiError> {
-        self.recorder.admitted().await.map_err(|e| {
-            ApiError::unavailable(format!("the ledger did not take the request: {e}"))
-        })?;
+        self.admitted().await?;
         let end = End { finish: Finish::ContentFilter, refused: true, tokens: Tokens::default(), timings: None };
-        self.recorder.note(&Piece::Done(end), std::time::Instant::now()).await;
+        self.note(&Piece::Done(end), std::time::Instant::now()).await;
         Ok(())
+    }
+
+    /// Waits until the admission is written.
+    async fn admitted(&mut self) -> Result<(), ApiError> {
+        self.recorder.admitted().await.map_err(|e| {
+            let error = ApiError::unavailable(format!("the ledger did not take the request: {e}"));
+            self.seen.failed(&error);
+            error
+        })
     }
 
     pub(crate) fn id(&self) -> &str {

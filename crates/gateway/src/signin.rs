@@ -115,14 +115,16 @@ pub(crate) async fn guard(State(app): State<Arc<App>>, request: Request, next: N
     {
         return Failure::from(e).into_response();
     }
-    if data {
-        // What has ended is there for whoever looks. A database that is not reached
-        // does not keep the console from showing the rest.
-        if let Some(accounts) = &app.state.accounts {
-            let _ = tokio::time::timeout(Duration::from_secs(1), accounts.flush()).await;
-        }
-        app.ledger.flush().await;
+    next.run(request).await
+}
+
+/// Before what reads the ledgers: what has ended is there for whoever looks. A
+/// database that is not reached does not keep the console from showing the rest.
+pub(crate) async fn written(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    if let Some(accounts) = &app.state.accounts {
+        let _ = tokio::time::timeout(Duration::from_secs(1), accounts.flush()).await;
     }
+    app.ledger.flush().await;
     next.run(request).await
 }
 

@@ -222,7 +222,8 @@ async fn send_metrics(
         let Some(families) = collect() else { return };
         let nanos = |ms: i64| u64::try_from(ms).unwrap_or(0).saturating_mul(1_000_000);
         let body = encode::metrics(&resource, &families, nanos(*STARTED), nanos(clock::now_ms())).encode_to_vec();
-        if send(&link, body).await.is_err() {
+        // Points that were rejected are as lost as a report that was.
+        if !matches!(send(&link, body).await, Ok(0)) {
             counts.failed.fetch_add(1, Relaxed);
         }
         if let Some(ack) = ack {

@@ -75,6 +75,14 @@ pub(crate) fn current() -> Option<Arc<Watch>> {
     WATCH.try_with(Arc::clone).ok()
 }
 
+/// Runs `work` for this task's request, but not as a part of it: what it asks is in
+/// the same trace, and none of it in the request's span.
+pub(crate) async fn apart<T>(work: impl Future<Output = T>) -> T {
+    let Some(watch) = current() else { return work.await };
+    let apart = Watch { arrived: Instant::now(), read: OnceLock::new(), context: watch.context, state: watch.state.clone(), span: None };
+    WATCH.scope(Arc::new(apart), work).await
+}
+
 /// The request of this task has been read to its end.
 pub(crate) fn read_to_its_end() {
     let _ = WATCH.try_with(|w| w.read.set(Instant::now()));

@@ -49,7 +49,9 @@ pub struct ResponseSum {
     pub completion_tokens: u64,
     /// Known cost, exact.
     pub cost: Decimal,
-    /// Mean milliseconds to the first token, of those that had one.
+    /// Those that had a first token.
+    pub first_tokens: u64,
+    /// Mean milliseconds to it, of those.
     pub ttft_ms: Option<f64>,
     /// Mean milliseconds in all.
     pub total_ms: Option<f64>,
@@ -111,7 +113,7 @@ impl Store {
              SUM(cost IS NULL) AS unpriced, COALESCE(SUM(prompt_tokens), 0) AS prompt_tokens, \
              COALESCE(SUM(cached_tokens), 0) AS cached_tokens, COALESCE(SUM(completion_tokens), 0) AS completion_tokens, \
              COALESCE(SUM({WHOLE}), 0) AS whole, COALESCE(SUM(({PICOS}) / 1000000), 0) AS micros, \
-             COALESCE(SUM(({PICOS}) % 1000000), 0) AS picos, AVG(NULLIF(ttft_ms, 0)) AS ttft_ms, AVG(total_ms) AS total_ms \
+             COALESCE(SUM(({PICOS}) % 1000000), 0) AS picos, COUNT(NULLIF(ttft_ms, 0)) AS first_tokens, AVG(NULLIF(ttft_ms, 0)) AS ttft_ms, AVG(total_ms) AS total_ms \
              FROM response WHERE at_ms >= $1 AND finish IS NOT NULL GROUP BY model, backend, finish \
              ORDER BY model, backend, finish"
         );
@@ -135,6 +137,7 @@ fn sum_of(row: &SqliteRow) -> Result<ResponseSum, StoreError> {
         // Micros and the rest of the picos apart: a sum of picos alone is full
         // after nine million of the currency.
         cost: Decimal::from_picos(part("whole")? * 1_000_000_000_000 + part("micros")? * 1_000_000 + part("picos")?),
+        first_tokens: count("first_tokens")?,
         ttft_ms: row.try_get("ttft_ms")?,
         total_ms: row.try_get("total_ms")?,
     })

@@ -16,7 +16,11 @@ async function send(path, options) {
     throw new ApiError("The server does not answer. What is shown may be old.", 0);
   }
   if (reply.status === 204) return null;
-  const body = await reply.json().catch(() => null);
+  const body = await reply.json().catch((error) => {
+    if (error.name === "AbortError") throw error;
+    if (reply.ok) throw new ApiError(`The answer of ${path.split("?")[0]} broke off.`, reply.status);
+    return null;
+  });
   if (!reply.ok) throw new ApiError(body?.error?.message ?? `${path.split("?")[0]} answered with status ${reply.status}.`, reply.status);
   return body;
 }

@@ -79,7 +79,10 @@ export function when(at) {
 
 export const day = (at) => new Date(at).toLocaleDateString("en-GB", { day: "2-digit", month: "short" });
 
+/** A day as the ledger counts them. */
+const utcDay = (at) => new Date(at).toLocaleDateString("en-GB", { day: "2-digit", month: "short", timeZone: "UTC" });
+
 /** A mark on a time axis. */
-export const tick = (at, step) => (step >= 86400000 ? day(at) : step < 60000 ? when(at).slice(-8) : clock(new Date(at)));
+export const tick = (at, step) => (step >= 86400000 ? utcDay(at) : step < 60000 ? when(at).slice(-8) : clock(new Date(at)));
 
 export const plural = (n, one, many = one + "s") => `${whole(n)} ${n === 1 ? one : many}`;

@@ -11,15 +11,18 @@ export function live(work, every, trouble) {
     clearTimeout(timer);
     if (stopped || aborter) return;
     if (document.hidden) return;
-    aborter = new AbortController();
+    const mine = aborter = new AbortController();
+    let wrong = null;
     try {
-      await work(aborter.signal);
-      if (!stopped) trouble(null);
+      await work(mine.signal);
     } catch (error) {
-      if (error.name !== "AbortError" && !stopped) trouble(error);
+      wrong = error;
     }
+    // Another turn has begun, or none is wanted: what this one found is old.
+    if (stopped || aborter !== mine) return;
     aborter = null;
-    if (!stopped) timer = setTimeout(turn, every);
+    if (wrong?.name !== "AbortError") trouble(wrong);
+    timer = setTimeout(turn, every);
   }
 
   document.addEventListener("visibilitychange", turn);

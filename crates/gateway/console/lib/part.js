@@ -5,8 +5,8 @@ import { percent } from "./format.js";
 
 /** A section with a heading. */
 export function panel(title, ...children) {
-  const id = newId("h");
-  return el("section", { class: "panel", "aria-labelledby": id }, el("h2", { id }, title), ...children);
+  // Named by itself, without an id, so that one built anew is equal to the one there.
+  return el("section", { class: "panel", "aria-label": title }, el("h2", {}, title), ...children);
 }
 
 /** The head of a view: its name, a line on it, controls at the right. */

@@ -14,10 +14,10 @@ export async function session() {
 }
 
 /** The line in the side bar. */
-export function showWho(box, who, changed) {
+export function showWho(box, who, changed, trouble) {
   if (!who.signed_in) return put(box);
   put(box, el("p", { class: "quiet" }, `Signed in as ${who.key ?? "a key"}${who.team ? ", " + who.team : ""}`),
-    el("button", { type: "button", class: "link", "data-key": "out", onclick: async () => { await remove("/ashlar/session"); changed(); } }, "Sign out"));
+    el("button", { type: "button", class: "link", "data-key": "out", onclick: () => remove("/ashlar/session").then(changed, trouble) }, "Sign out"));
 }
 
 /** The form that stands in place of a view. */

@@ -7,9 +7,9 @@ import { col, days, empty, figures, head, num, panel, share, table, tag } from "
 
 export const title = "Abuse";
 
-export function mount(main, { trouble }) {
+export function mount(main, { again }) {
   let period = 7;
-  const pick = (d) => { period = d; refresh().catch(trouble); };
+  const pick = (d) => { period = d; again(); };
   const box = { figures: el("div"), users: el("div"), standings: el("div") };
   main.append(head("Abuse", "End users by what of theirs was filtered or refused. Their names never reach the ledger: it has hashes.", days(period, pick)), box.figures,
     panel("Top offenders", box.users), panel("Standing with the guard", box.standings));

@@ -8,9 +8,9 @@ import { col, days, empty, figures, head, num, panel, share, table } from "../li
 
 export const title = "Cache";
 
-export function mount(main, { trouble }) {
+export function mount(main, { again }) {
   let period = 7;
-  const pick = (d) => { period = d; refresh().catch(trouble); };
+  const pick = (d) => { period = d; again(); };
   const box = { figures: el("div"), rows: el("div") };
   const flow = lines({ label: "Prompt tokens a second", format: perSecond, axis: short, stacked: true,
     series: [{ name: "computed", cls: "s1" }, { name: "from cache", cls: "s3" }], empty: "No prompt in the last hour." });

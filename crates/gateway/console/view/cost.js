@@ -14,12 +14,12 @@ const DOWN = ["api_key", "team", "end_user", "model"];
 const FILTERS = ["api_key", "team", "end_user", "model", "backend"];
 const CLASSES = [["input", "Input, computed"], ["cache_read", "Input, from cache"], ["cache_write", "Input, written to cache"], ["output", "Output"], ["reasoning", "Reasoning"]];
 
-export function mount(main, { params, go, trouble }) {
+export function mount(main, { params, go, again }) {
   const set = Object.fromEntries(FILTERS.filter((f) => params[f] !== undefined).map((f) => [f, params[f]]));
   const by = params.by ?? DOWN.find((d) => !(d in set)) ?? "model";
   let period = Number(params.days) || 7;
   const link = (more) => query("#/cost", { days: period, ...set, ...more });
-  const pick = (d) => { period = d; history.replaceState(null, "", link({ by })); refresh().catch(trouble); };
+  const pick = (d) => { period = d; history.replaceState(null, "", link({ by })); again(); };
   const box = { trail: el("nav", { class: "trail", "aria-label": "Filters" }), figures: el("div"), rows: el("div"), classes: el("div") };
   const bars = columns({ label: "Cost by time", name: "cost", axis: (v) => roughly(v), empty: "No known cost in this time." });
   main.append(head("Cost", null, days(period, pick)), box.trail, box.figures, el("div", { class: "grid" },

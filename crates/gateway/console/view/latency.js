@@ -20,9 +20,9 @@ export const PHASES = [
 /** Bounds between two whole numbers hold the lower one. */
 const tokens = (v) => short(Math.floor(v + 1e-9));
 
-export function mount(main, { trouble }) {
+export function mount(main, { again }) {
   let period = 15;
-  const pick = (m) => { period = m; refresh().catch(trouble); };
+  const pick = (m) => { period = m; again(); };
   const box = { figures: el("div"), split: el("div") };
   const none = "No answer in this time.";
   const split = lines({ label: "Mean time of an answer by phase", format: seconds, stacked: true, series: PHASES, height: 220, empty: none });

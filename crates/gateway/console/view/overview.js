@@ -9,9 +9,9 @@ import { col, empty, figures, head, minutes, num, panel, quiet, share, state, ta
 
 export const title = "Overview";
 
-export function mount(main, { trouble }) {
+export function mount(main, { again }) {
   let period = 5;
-  const pick = (m) => { period = m; refresh().catch(trouble); };
+  const pick = (m) => { period = m; again(); };
   const box = { figures: el("div", { class: "span" }), backends: el("div"), running: el("div") };
   const load = lines({ label: "Requests a second", format: perSecond, axis: short,
     series: [{ name: "arrived", cls: "s1", area: true }, { name: "failed", cls: "s2" }, { name: "turned away", cls: "s4" }],

@@ -8,6 +8,9 @@ import { col, confirm, empty, facts, head, num, panel, quiet, state, table, tag 
 
 export const title = "Releases";
 
+/** Most releases listed. */
+const SHOWN = 100;
+
 export function mount(main, { trouble }) {
   const box = { canaries: el("div", { class: "span stack" }), current: el("div"), loss: el("div"), history: el("div") };
   let losses = null;
@@ -40,7 +43,7 @@ export function mount(main, { trouble }) {
       trouble(error);
     }
   }
-  return { refresh, every: 4000 };
+  return { refresh, every: 15000 };
 }
 
 function lossChart(values) {
@@ -71,7 +74,10 @@ function canaries({ canaries, sums }, takeBack) {
     const of = (is) => sums.filter((s) => s.model === c.model && (s.backend === c.backend) === is);
     const [mine, others] = [of(true), of(false)];
     const requests = (list) => list.reduce((n, s) => n + s.requests, 0);
-    const mean = (list, f) => (requests(list.filter((s) => s[f] !== null)) ? list.reduce((n, s) => n + (s[f] ?? 0) * s.requests, 0) / requests(list.filter((s) => s[f] !== null)) : null);
+    const mean = (list, f, count) => {
+      const n = list.reduce((n, s) => n + s[count], 0);
+      return n ? list.reduce((all, s) => all + (s[f] ?? 0) * s[count], 0) / n : null;
+    };
     const rate = (a, b) => (b ? `${whole(a)} (${percent(a / b)})` : whole(a));
     const evidence = (e) => (e.canary + e.others ? `${short(e.e_value)} of ${short(3 / c.alpha)}` : "–");
     const row = (name, e) => [name, rate(e.canary, c.drawn.canary), rate(e.others, c.drawn.others), evidence(e)];
@@ -82,14 +88,15 @@ function canaries({ canaries, sums }, takeBack) {
       table("Canary against incumbent", [col("Since the start"), num("Canary"), num("Incumbent"), num("Evidence against it")], [
         ["Requests drawn", whole(c.drawn.canary), whole(c.drawn.others), "–"], row("Failures", c.failures), row("Slow first tokens", c.slow_first_tokens), row("Refusals", c.refusals)]),
       requests(mine) + requests(others) > 0 && table("The last 30 days", [col("Last 30 days"), num("Canary"), num("Incumbent")], [
-        ["Requests", whole(requests(mine)), whole(requests(others))], ["First token, mean", ms(mean(mine, "ttft_ms")), ms(mean(others, "ttft_ms"))], ["In all, mean", ms(mean(mine, "total_ms")), ms(mean(others, "total_ms"))]]));
+        ["Requests", whole(requests(mine)), whole(requests(others))], ["First token, mean", ms(mean(mine, "ttft_ms", "first_tokens")), ms(mean(others, "ttft_ms", "first_tokens"))], ["In all, mean", ms(mean(mine, "total_ms", "requests")), ms(mean(others, "total_ms", "requests"))]]));
   });
 }
 
 function history({ releases, current }) {
   if (!releases.length) return [empty("No release yet.", "ashlar promote makes one once its gates hold.")];
-  return [table("History", [col("Time"), col("Channel"), col("Release"), col("Model"), col("State")], releases.slice(0, 100).map((r) => [when(r.created_ms), r.channel,
+  return [table("History", [col("Time"), col("Channel"), col("Release"), col("Model"), col("State")], releases.slice(0, SHOWN).map((r) => [when(r.created_ms), r.channel,
     el("a", { class: "id", href: "#/lineage/" + encodeURIComponent(r.id) }, r.id), el("code", {}, digest(r.model)),
     r.revoked ? tag("revoked", "bad") : r.id === current?.id ? tag("serving", "good") : "–"])),
+  releases.length > SHOWN && quiet(`${whole(releases.length - SHOWN)} older ones are not listed.`),
   releases.length > 1 && quiet("To serve an earlier one again: ", el("code", {}, `ashlar rollback ${current?.channel ?? "CHANNEL"}`), ", then restart the server.")].filter(Boolean);
 }

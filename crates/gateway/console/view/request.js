@@ -45,11 +45,10 @@ export function mount(main, { arg }) {
 function timeline(s, route) {
   if (!s) return [quiet("It has not ended.")];
   if (!(s.ttft_ms > 0)) return [parts("Time", [{ name: "without a token", cls: "s2", value: s.total_ms, text: ms(s.total_ms) }])];
-  const sent = Math.min(route?.attempts?.find((a) => a.outcome === "answered")?.at_ms ?? 0, s.ttft_ms);
-  const guard = Math.min(s.guard_ms ?? 0, s.ttft_ms - sent);
-  const queue = Math.min(s.queue_ms, s.ttft_ms - sent - guard);
-  const values = { gateway: sent, guard, upstream_queue: queue, prefill: s.ttft_ms - sent - guard - queue, decode: s.total_ms - s.ttft_ms };
-  return [parts("Time by phase", PHASES.map((p) => ({ name: p.name, cls: p.cls, value: values[p.key], text: ms(values[p.key]) })))];
+  // Rows of before, and of processes that died, have no phases.
+  if (!route?.phases) return [parts("Time", [{ name: "to the first token", cls: "s1", value: s.ttft_ms, text: ms(s.ttft_ms) }, { name: "after it", cls: "s3", value: s.total_ms - s.ttft_ms, text: ms(s.total_ms - s.ttft_ms) }])];
+  const value = (p) => route.phases[p.key] * 1000;
+  return [parts("Time by phase", PHASES.map((p) => ({ name: p.name, cls: p.cls, value: value(p), text: ms(value(p)) })))];
 }
 
 function tokens(s, route, usage) {
@@ -66,7 +65,7 @@ function tokens(s, route, usage) {
 }
 
 function guard(response) {
-  const list = response?.guard ?? response?.settlement?.guard;
+  const list = response?.settlement?.guard;
   if (!list?.length) return [empty("No verdict.", "Policies that act on this request's route and key leave theirs here.")];
   return [table("Guard", [col("Policy"), col("Stage"), col("Action"), col("Kind"), num("Score"), num("Released characters")],
     list.map((g) => [g.policy, g.stage, action(g.action), g.kind ?? "–", g.score === null || g.score === undefined ? "–" : short(g.score), g.released_chars === null || g.released_chars === undefined ? "–" : whole(g.released_chars)]))];

@@ -10,9 +10,9 @@ export const title = "Safety";
 /** Answers listed for review. */
 const SHOWN = 25;
 
-export function mount(main, { trouble }) {
+export function mount(main, { again }) {
   let period = 7;
-  const pick = (d) => { period = d; refresh().catch(trouble); };
+  const pick = (d) => { period = d; again(); };
   const box = { figures: el("div"), verdicts: el("div"), models: el("div"), review: el("div") };
   main.append(head("Safety", null, days(period, pick)), box.figures, el("div", { class: "grid" },
     el("div", { class: "span" }, panel("Verdicts of the guard", box.verdicts)), el("div", { class: "span" }, panel("Refusals by model", box.models)),
@@ -44,7 +44,7 @@ function review({ review, looked_at }) {
   if (!review.length) return [empty("Nothing to look at.", "Answers that were refused, filtered, blocked, changed or flagged come here.")];
   return [table("For review", [col("Time"), wide("Answer"), col("Model"), col("Why")], review.slice(0, SHOWN).map((r) => {
     const s = r.settlement ?? {};
-    const guard = r.guard ?? s.guard ?? [];
+    const guard = s.guard ?? [];
     return [when(r.at_ms), el("a", { class: "text", href: "#/request/" + encodeURIComponent(r.id) }, (s.answer ?? s.error ?? "(no text)").slice(0, 240)), clip(r.model, 30),
       el("span", { class: "tags" }, s.refusal && tag("refusal", "mark"), s.finish === "content_filter" && tag("filtered", "bad"), ...guard.slice(0, 4).map((g) => tag(`${g.policy}: ${g.action}`, "mark")))];
   })), quiet(`${review.length > SHOWN ? `The newest ${SHOWN} of ${review.length} or more` : plural(review.length, "answer")}, out of the last ${plural(looked_at, "request")}. `, el("a", { href: "#/requests?refusal=1" }, "All refusals"), ", ", el("a", { href: "#/requests?finish=content_filter" }, "all filtered ones"))];

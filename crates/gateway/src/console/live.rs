@@ -1,7 +1,7 @@
 //! What goes on now: gauges, requests in flight, backends, the last minutes.
 
 use super::{Shared, number};
-use crate::{error::Failure, series::Series};
+use crate::{error::Failure, route::Canary, series::Series, table::Table};
 use ashlar_api::ApiError;
 use axum::{
     Json,
@@ -24,21 +24,27 @@ pub(super) async fn series(
     Ok(Json(app.series.window(minutes, app.tables.now().limits.objective)))
 }
 
-/// Gauges, histograms since the start, and what runs.
+/// What the engines hold, and what runs.
 pub(super) async fn live(State(app): Shared) -> Json<Value> {
-    let g = app.gauges();
-    let mut body = app.metrics.histograms();
-    body["now_ms"] = json!(ashlar_core::clock::now_ms());
-    body["limit"] = json!(app.tables.now().limits.max_in_flight);
-    body["running"] = json!(g.engine.running);
-    body["waiting"] = json!(g.engine.waiting);
-    body["blocks_used"] = json!(g.engine.blocks_used);
-    body["blocks_total"] = json!(g.engine.blocks_total);
-    body["requests"] = app.live.to_json();
-    Json(body)
+    let engine = app.gauges().engine;
+    Json(json!({
+        "limit": app.tables.now().limits.max_in_flight, "waiting": engine.waiting,
+        "blocks_used": engine.blocks_used, "blocks_total": engine.blocks_total, "requests": app.live.to_json(),
+    }))
 }
 
-/// `{backends, targets, canaries, config}`: each backend's health, each target's load.
+/// The evidence of each canary.
+pub(super) fn canaries(table: &Table) -> Vec<Value> {
+    let shown = |(model, canary): (&str, &Canary)| {
+        let mut shown = canary.to_json();
+        shown["model"] = json!(model);
+        shown
+    };
+    table.canaries().map(shown).collect()
+}
+
+/// `{backends, targets, canaries, mirrors, config}`: each backend's health, each
+/// target's load, what canaries and mirrors have shown.
 pub(super) async fn backends(State(app): Shared) -> Json<Value> {
     let (table, now) = (app.tables.now(), std::time::Instant::now());
     let nodes = table.nodes.iter().map(|n| {
@@ -56,11 +62,6 @@ pub(super) async fn backends(State(app): Shared) -> Json<Value> {
             "usual_answer_tokens": t.load.usual_answer(),
         })
     });
-    let canaries = table.canaries().map(|(model, canary)| {
-        let mut shown = canary.to_json();
-        shown["model"] = json!(model);
-        shown
-    });
     let mirrors = table.mirrors().map(|(model, mirror)| {
         let mut shown = mirror.to_json();
         shown["model"] = json!(model);
@@ -69,7 +70,7 @@ pub(super) async fn backends(State(app): Shared) -> Json<Value> {
     let file = app.tables.file();
     Json(json!({
         "mirrors": mirrors.collect::<Vec<_>>(),
-        "canaries": canaries.collect::<Vec<_>>(),
+        "canaries": canaries(&table),
         "backends": nodes.collect::<Vec<_>>(), "targets": targets.collect::<Vec<_>>(),
         "config": {"reloads": file.reloads, "failures": file.failures, "error": file.error},
     }))

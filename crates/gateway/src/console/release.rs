@@ -1,6 +1,6 @@
 //! Releases and canaries: what is served, what is tried, and taking it back.
 
-use super::{Shared, failure, period_ms};
+use super::{Shared, failure, live::canaries as canaries_of, period_ms};
 use crate::{error::Failure, intake};
 use ashlar_api::ApiError;
 use axum::{
@@ -68,16 +68,14 @@ pub(super) async fn canaries(
     Query(query): Query<HashMap<String, String>>,
 ) -> Result<Json<Value>, Failure> {
     let table = app.tables.now();
-    let canaries = table.canaries().map(|(model, canary)| {
-        let mut shown = canary.to_json();
-        shown["model"] = json!(model);
-        shown
-    });
-    let canaries: Vec<Value> = canaries.collect();
+    let from_ms = period_ms(&query)?;
     let models: Vec<&str> = table.canaries().map(|(model, _)| model).collect();
-    let mut sums = app.state.store.response_sums(period_ms(&query)?).await.map_err(failure)?;
+    if models.is_empty() {
+        return Ok(Json(json!({"canaries": [], "sums": []})));
+    }
+    let mut sums = app.state.store.response_sums(from_ms).await.map_err(failure)?;
     sums.retain(|s| models.contains(&&*s.model));
-    Ok(Json(json!({"canaries": canaries, "sums": sums})))
+    Ok(Json(json!({"canaries": canaries_of(&table), "sums": sums})))
 }
 
 #[derive(Deserialize)]

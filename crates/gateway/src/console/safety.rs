@@ -47,8 +47,7 @@ async fn by_model(app: &Arc<App>, from_ms: i64) -> Result<Vec<Value>, Failure> {
 
 /// The guard's verdicts on a response, where there are any.
 fn guard(response: &Value) -> &[Value] {
-    let list = response.get("guard").or_else(|| response.pointer("/settlement/guard"));
-    list.and_then(Value::as_array).map_or(&[], Vec::as_slice)
+    response.pointer("/settlement/guard").and_then(Value::as_array).map_or(&[], Vec::as_slice)
 }
 
 /// Counts of verdicts, most first, and responses for review, newest first.
@@ -91,7 +90,6 @@ pub(super) async fn abuse(
     let standings = match limits {
         Some(limits) => {
             let mut all = app.state.store.abuse_users(&limits).await.map_err(failure)?;
-            all.sort_by(|a, b| b.state.cmp(&a.state).then(b.strikes.total_cmp(&a.strikes)));
             all.truncate(MOST);
             json!(all)
         }
@@ -133,7 +131,7 @@ mod tests {
     #[test]
     fn verdicts_are_counted_and_what_acted_is_for_review() {
         let response = |id: &str, guard: Value, refusal: bool| {
-            json!({"id": id, "model": "m", "guard": guard, "route": {"long": 1}, "settlement": {"refusal": refusal, "finish": "stop"}})
+            json!({"id": id, "model": "m", "route": {"long": 1}, "settlement": {"refusal": refusal, "finish": "stop", "guard": guard}})
         };
         let verdict = |policy: &str, action: &str| json!({"policy": policy, "stage": "answer", "action": action, "kind": "email"});
         let rows = [

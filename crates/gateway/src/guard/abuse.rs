@@ -95,10 +95,13 @@ impl EndUser {
         ask: Ask,
         plan: &Plan,
     ) -> Result<(Ask, Option<Self>), ApiError> {
-        let named = ["safety_identifier", "user"].into_iter().find_map(|name| {
-            let id = ask.typed::<String>(name, "a string").ok().flatten().filter(|id| !id.is_empty());
-            Some((name, id?))
-        });
+        let mut named = None;
+        for name in ["user", "safety_identifier"] {
+            // One of another type would be nobody's, and go on as it is.
+            if let Some(id) = ask.typed::<String>(name, "a string")?.filter(|id| !id.is_empty()) {
+                named = Some((name, id));
+            }
+        }
         let Some((name, id)) = named else { return Ok((ask, None)) };
         let salt = match shared.standings.salt.get() {
             Some(salt) => salt.clone(),
@@ -115,7 +118,7 @@ impl EndUser {
         let hash = hash(&salt, tenant, &id);
         // The newer name where all who may answer take it.
         let takes = |d: Dialect| matches!(d, Dialect::Engine | Dialect::Openai | Dialect::Ashlar | Dialect::Anthropic);
-        let newer = ask.endpoint == Endpoint::Chat && plan.stages.iter().flat_map(|s| &s.order).all(|t| takes(t.node.dialect));
+        let newer = ask.endpoint.inner() == Endpoint::Chat && plan.stages.iter().flat_map(|s| &s.order).all(|t| takes(t.node.dialect));
         let to = if newer { "safety_identifier" } else { name };
         let json = serde_json::Value::from(hash.clone()).to_string();
         let mut ask = ask.with(to, &json)?;

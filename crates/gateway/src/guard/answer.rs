@@ -26,6 +26,8 @@ use tokio::task::JoinSet;
 
 /// Most choices and texts of an answer.
 const CHANNELS: usize = 4096;
+/// Most bytes of the names of one kind in an answer.
+const NAMES: usize = 4096;
 /// What names the verdict on an answer's form.
 const SHAPE: &str = "(shape)";
 
@@ -126,7 +128,7 @@ impl Answer {
             self.shape("too_many_texts");
             return Err(Blocked);
         }
-        let channel = self.channels.entry(key.clone()).or_default();
+        let channel = self.channels.entry(key.clone()).or_insert_with(|| Channel::named(&key.1));
         channel.push(text);
         // Judged whole, or not at all until its end.
         if !end && (!self.stream || self.active.whole()) {
@@ -153,7 +155,7 @@ impl Answer {
         if end && self.schema(key) {
             return Err(Blocked);
         }
-        let channel = self.channels.entry(key.clone()).or_default();
+        let channel = self.channels.entry(key.clone()).or_insert_with(|| Channel::named(&key.1));
         match channel.advance(&active, end) {
             Outcome::Free(free) => {
                 self.active.log.release(&free);
@@ -198,8 +200,16 @@ impl Answer {
 
     /// Looks at a chunk that passes as it is.
     async fn watch(&mut self, chunk: &Chunk) {
-        let Ok(mut object) = serde_json::from_str::<Map<String, Value>>(&format!("{{{}}}", chunk.fields)) else { return };
-        let Ok(shape) = shape::read(&mut object) else { return };
+        let object = serde_json::from_str::<Map<String, Value>>(&format!("{{{}}}", chunk.fields));
+        let read = object.map_err(|_| "no_object").and_then(|mut object| Ok((shape::read(&mut object)?, object)));
+        let (shape, object) = match read {
+            Ok(read) => read,
+            Err(word) => {
+                // An enforcing policy would end the answer here.
+                self.active.log.note(SHAPE, Stage::Answer, Action::Shadow, word, 1.0);
+                return;
+            }
+        };
         let object = Value::Object(object);
         for leaf in &shape.leaves {
             let text = object.pointer(&leaf.at).and_then(Value::as_str).unwrap_or("").to_owned();
@@ -272,8 +282,13 @@ impl Answer {
     fn named(&mut self, shape: &Shape) -> Result<(), Blocked> {
         for (what, name) in &shape.names {
             let joined = self.names.entry(what.clone()).or_default();
-            if joined != name && joined.len() < 4096 {
-                joined.push_str(name);
+            if joined == name {
+                continue;
+            }
+            joined.push_str(name);
+            if joined.len() > NAMES {
+                self.shape("name_too_long");
+                return Err(Blocked);
             }
             for policy in self.active.policies.iter().filter(|p| p.action.enforces()) {
                 if let Some(hit) = policy.hits(joined).into_iter().next() {
@@ -412,7 +427,7 @@ impl Answer {
     /// An error on its way out: an upstream's words may hold the answer's.
     pub(crate) fn error(&self, mut error: ApiError) -> ApiError {
         for policy in self.active.policies.iter().filter(|p| p.action.enforces()) {
-            let mut hits = policy.hits(&error.message);
+            let hits = policy.hits(&error.message);
             if let Some(hit) = hits.first() {
                 self.active.found(policy, Stage::Answer, &hit.kind, 1.0);
             }
@@ -420,14 +435,7 @@ impl Answer {
                 error.message = "the backend failed; its words are withheld by the guard".into();
                 continue;
             }
-            hits.sort_by_key(|h| std::cmp::Reverse(h.span.start));
-            let mut last = usize::MAX;
-            for hit in hits {
-                if hit.span.end <= last {
-                    last = hit.span.start;
-                    error.message.replace_range(hit.span, &hit.tag);
-                }
-            }
+            error.message = super::redacted(&error.message, hits);
         }
         error
     }

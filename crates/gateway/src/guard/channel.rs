@@ -18,7 +18,7 @@ use super::{
 use ashlar_text::detect::Held;
 use std::collections::BTreeSet;
 
-/// Bytes of left text that are kept for their words' sake.
+/// Bytes that are kept for their words' sake after all is done with them.
 const CONTEXT: usize = 512;
 
 /// A channel.
@@ -31,6 +31,8 @@ pub(super) struct Channel {
     /// Bytes of `text` that have left.
     out: usize,
     restoring: Held,
+    /// Its text is JSON: what is put back into it is escaped.
+    json: bool,
     /// It was let go once because another text went on.
     pub(super) passed: bool,
     /// Of each policy.
@@ -69,6 +71,12 @@ pub(super) struct Due {
 }
 
 impl Channel {
+    /// The channel `name` of a choice; see `shape`.
+    pub(super) fn named(name: &str) -> Self {
+        let json = name == "function_call" || name.starts_with("tool_calls/") && name.ends_with("/function");
+        Self { json, ..Self::default() }
+    }
+
     pub(super) fn push(&mut self, text: &str) {
         self.text.push_str(text);
     }
@@ -106,14 +114,16 @@ impl Channel {
     pub(super) fn advance(&mut self, active: &Active, end: bool) -> Outcome {
         self.marks(active);
         let whole = self.text.len();
-        let mut limit = whole;
+        // Up to where something may leave, and where all policies are done.
+        let (mut limit, mut done) = (whole, whole);
         let mut replaced: Vec<Hit> = Vec::new();
         for (policy, mark) in active.policies.iter().zip(&mut self.marks) {
             let mut upto = whole;
             match &policy.check {
                 Check::Pii(_) | Check::Phrases { .. } | Check::Takedown(_) => {
-                    upto = if end { whole } else { policy.settled(&self.text) };
-                    for hit in policy.hits(&self.text) {
+                    let (hits, settled) = policy.scan(&self.text);
+                    upto = if end { whole } else { settled };
+                    for hit in hits {
                         // A run of words taken down is one however it goes on.
                         let certain = hit.span.end <= upto || (policy.action == Action::Block && matches!(policy.check, Check::Takedown(_)));
                         if !certain {
@@ -150,9 +160,11 @@ impl Channel {
                 }
                 // Whoever asks judges waits for them before calling this.
                 Check::Judge | Check::Head(_) => upto = mark.asked.saturating_sub(self.base).min(whole),
-                Check::Schema(_) if end => {}
+                // Held against all of it, where there is one.
+                Check::Schema(own) if end || (own.is_none() && active.schema.is_none()) => {}
                 Check::Schema(_) => upto = 0,
             }
+            done = done.min(upto);
             if policy.holds() {
                 limit = limit.min(upto);
             }
@@ -164,16 +176,14 @@ impl Channel {
         let limit = self.text.floor_char_boundary(limit).max(self.out);
         let mut free = self.replace(replaced, limit);
         if let Some(vault) = &active.vault {
-            free = self.restoring.push(vault, &free);
+            free = self.restoring.push(vault, &free, self.json);
             if end {
                 free += &std::mem::take(&mut self.restoring).finish();
             }
         }
         self.out = limit;
-        // A schema is held against all of it.
-        if !active.policies.iter().any(|p| matches!(p.check, Check::Schema(_))) {
-            self.forget();
-        }
+        let windows = active.policies.iter().filter(|p| p.asks()).map(|p| p.settings.window_chars * 4);
+        self.forget(done.min(limit), windows.max().unwrap_or(0).max(CONTEXT));
         Outcome::Free(free)
     }
 
@@ -196,13 +206,14 @@ impl Channel {
         free
     }
 
-    /// Drops context beyond what is kept, at a word's end where there is one.
-    fn forget(&mut self) {
-        if self.out < 2 * CONTEXT {
+    /// Drops what lies more than `context` bytes before `done`, at a word's end where
+    /// there is one.
+    fn forget(&mut self, done: usize, context: usize) {
+        if done < 2 * context {
             return;
         }
-        let cut = self.text.floor_char_boundary(self.out - CONTEXT);
-        let space = self.text.get(cut..self.out).and_then(|t| t.find(char::is_whitespace));
+        let cut = self.text.floor_char_boundary(done - context);
+        let space = self.text.get(cut..done).and_then(|t| t.find(char::is_whitespace));
         let cut = cut + space.unwrap_or(0);
         self.text.drain(..cut);
         self.base += cut;
@@ -304,6 +315,20 @@ mod tests {
         assert_eq!(channel.due(&a, false)[0].window, "defghijklm");
         channel.push("n");
         assert_eq!(channel.due(&a, true)[0].window, "efghijklmn");
+    }
+
+    /// What is only watched is forgotten no sooner than it is read: a key longer than
+    /// the context is found.
+    #[test]
+    fn a_long_secret_is_found_in_the_shadow_too() {
+        let key = format!("-----BEGIN PRIVATE KEY-----\n{}-----END PRIVATE KEY-----", "MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQC7\n".repeat(40));
+        for (action, release) in [("shadow", "after"), ("flag", "after"), ("block", "before")] {
+            let a = active(&format!("[guard.policies.a]\ncheck = \"pii\"\non_violation = \"{action}\"\nrelease = \"{release}\""));
+            let pieces: Vec<&str> = key.as_bytes().chunks(7).map(|c| std::str::from_utf8(c).unwrap()).chain([" end."]).collect();
+            let _ = run(&a, &pieces);
+            let kinds: Vec<String> = a.log.lines().into_iter().map(|l| l.kind).collect();
+            assert_eq!(kinds, ["secret"], "{action} {release}");
+        }
     }
 
     proptest! {

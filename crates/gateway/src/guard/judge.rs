@@ -12,7 +12,7 @@
 use super::{Stage, categories::HAZARDS, settings::Protocol};
 use futures::future::BoxFuture;
 use serde::Serialize;
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 /// Most hazards read of an answer.
 const MOST: usize = 14;
@@ -82,7 +82,8 @@ pub(super) fn parse(answer: &str) -> Result<Judgement, String> {
                     None => kinds.push("other".into()),
                 }
             }
-            kinds.dedup();
+            let mut seen = BTreeSet::new();
+            kinds.retain(|k| seen.insert(k.clone()));
             if kinds.is_empty() {
                 kinds.push("unsafe".into());
             }

@@ -10,8 +10,10 @@ use std::{
     time::Duration,
 };
 
-/// Most lines kept for one response.
+/// Most lines kept for one response; one more counts the rest.
 const MOST: usize = 64;
+/// What that one is called.
+const MORE: &str = "(more)";
 
 /// Whose text was looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -104,18 +106,27 @@ impl Log {
             (line.count, line.score) = (line.count + 1, line.score.max(score));
             return false;
         }
+        let mut verdict = Verdict {
+            policy: policy.to_owned(),
+            stage,
+            action,
+            kind: kind.to_owned(),
+            score,
+            released_chars: self.released(),
+            count: 1,
+        };
         if lines.len() < MOST {
-            lines.push(Verdict {
-                policy: policy.to_owned(),
-                stage,
-                action,
-                kind: kind.to_owned(),
-                score,
-                released_chars: self.released(),
-                count: 1,
-            });
+            lines.push(verdict);
+            return true;
         }
-        true
+        match lines.get_mut(MOST) {
+            Some(more) => more.count += 1,
+            None => {
+                (verdict.policy, verdict.kind) = (MORE.into(), MORE.into());
+                lines.push(verdict);
+            }
+        }
+        false
     }
 
     /// `text` has left.

@@ -258,6 +258,13 @@ async fn check(
         }
     }
     let (mut vault, mut changed) = (Vault::default(), Vec::<String>::new());
+    if policies.iter().any(|p| p.action == Action::Pseudonymize) {
+        // What looks like a placeholder in any text is the user's own.
+        texts::each(&mut fields, |text| {
+            vault.avoid(text);
+            None
+        });
+    }
     for policy in policies {
         let mut kinds: Vec<String> = Vec::new();
         match &policy.check {
@@ -283,12 +290,11 @@ async fn check(
                 }
             }
             Check::Judge | Check::Head(_) => {
-                let last = said.last().map_or("", String::as_str);
-                let window: String = {
-                    let skip = last.chars().count().saturating_sub(policy.settings.window_chars);
-                    last.chars().skip(skip).collect()
-                };
-                if !window.is_empty() && active.judged(policy, Stage::Request, &window).await {
+                // The turns before were judged in their requests. Whole: a judge that
+                // cannot read so much does not say "safe".
+                if let Some(last) = said.last()
+                    && active.judged(policy, Stage::Request, last).await
+                {
                     kinds.push("unsafe".into());
                 }
             }
@@ -343,7 +349,7 @@ fn schema_of(ask: &Ask, policies: &[Arc<Policy>]) -> Result<Option<Arc<Schema>>,
 /// Asks served models as judges.
 fn judge_of(app: &Arc<App>) -> AskJudge {
     let app = app.clone();
-    Arc::new(move |model, messages| Box::pin(judge(app.clone(), model, messages)))
+    Arc::new(move |model, messages| Box::pin(crate::watch::apart(judge(app.clone(), model, messages))))
 }
 
 /// Asks `model`; its text.

@@ -10,7 +10,7 @@ use super::{
     takedown::Takedowns,
 };
 use crate::{config::ConfigError, embed::EncoderId, head::Head};
-use ashlar_text::detect::{Kind, Kinds, Scanner};
+use ashlar_text::detect::{Finding, Kind, Kinds, Scanner};
 use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
 /// The score from which on a category is violated where nothing is said.
@@ -46,6 +46,12 @@ pub(super) struct Hit {
     pub(super) tag: String,
 }
 
+impl From<Finding> for Hit {
+    fn from(f: Finding) -> Self {
+        Self { span: f.start..f.end, kind: f.kind.as_str().into(), tag: f.kind.tag().into() }
+    }
+}
+
 impl Policy {
     pub(super) fn new(name: &str, settings: &PolicySettings, takedowns: &Arc<Takedowns>, encoder: Option<&EncoderId>) -> Result<Self, ConfigError> {
         let invalid = |key: &str, why: String| ConfigError::Invalid { path: format!("guard.policies.{name}.{key}"), why };
@@ -72,7 +78,12 @@ impl Policy {
                     let json = std::fs::read(&path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
                     Head::from_json(&json, encoder).map_err(|e| e.to_string())
                 };
-                Check::Head(Arc::new(read().map_err(|why| invalid("head", why))?))
+                let head = read().map_err(|why| invalid("head", why))?;
+                let graded = std::iter::once(&settings.thresholds).chain(settings.tenants.values()).flat_map(BTreeMap::keys);
+                if let Some(odd) = graded.into_iter().find(|l| *l != "all" && !head.labels.contains(l)) {
+                    return Err(invalid("thresholds", format!("the head has no label {odd:?}; it has {}", head.labels.join(", "))));
+                }
+                Check::Head(Arc::new(head))
             }
             CheckKind::Judge => Check::Judge,
             CheckKind::Schema => {
@@ -118,14 +129,20 @@ impl Policy {
     /// What is found in `text` byte by byte, in order.
     pub(super) fn hits(&self, text: &str) -> Vec<Hit> {
         match &self.check {
-            Check::Pii(scanner) => scanner
-                .find(text)
-                .into_iter()
-                .map(|f| Hit { span: f.start..f.end, kind: f.kind.as_str().into(), tag: f.kind.tag().into() })
-                .collect(),
+            Check::Pii(scanner) => scanner.find(text).into_iter().map(Hit::from).collect(),
             Check::Phrases { deny, allow } => {
-                let allowed = allow.find(text);
-                let within = |span: &Range<usize>| allowed.iter().any(|a| a.span.start <= span.start && span.end <= a.span.end);
+                // Where each ends that is allowed, or one that began before it.
+                let mut allowed: Vec<(usize, usize)> = allow.find(text).into_iter().map(|a| (a.span.start, a.span.end)).collect();
+                allowed.sort_unstable();
+                let mut last = 0;
+                for (_, end) in &mut allowed {
+                    last = last.max(*end);
+                    *end = last;
+                }
+                let within = |span: &Range<usize>| {
+                    let before = allowed.partition_point(|(start, _)| *start <= span.start);
+                    before > 0 && span.end <= allowed[before - 1].1
+                };
                 let found = deny.find(text).into_iter().filter(|m| !within(&m.span));
                 found.map(|m| Hit { span: m.span, kind: deny.value(m.pattern).cloned().unwrap_or_default(), tag: "<REMOVED>".into() }).collect()
             }
@@ -138,13 +155,17 @@ impl Policy {
         }
     }
 
-    /// The prefix of `text` that [`Self::hits`] is done with, whatever follows.
-    pub(super) fn settled(&self, text: &str) -> usize {
+    /// [`Self::hits`], and the prefix of `text` that they are done with, whatever
+    /// follows.
+    pub(super) fn scan(&self, text: &str) -> (Vec<Hit>, usize) {
         match &self.check {
-            Check::Pii(scanner) => scanner.settled(text).min(text.len()),
-            Check::Phrases { deny, allow } => deny.settled(text).min(allow.settled(text)),
-            Check::Takedown(takedowns) => takedowns.settled(text, self.settings.words),
-            _ => text.len(),
+            Check::Pii(scanner) => {
+                let (found, settled) = scanner.find_settled(text);
+                (found.into_iter().map(Hit::from).collect(), settled.min(text.len()))
+            }
+            Check::Phrases { deny, allow } => (self.hits(text), deny.settled(text).min(allow.settled(text))),
+            Check::Takedown(takedowns) => (self.hits(text), takedowns.settled(text, self.settings.words)),
+            _ => (Vec::new(), text.len()),
         }
     }
 

@@ -10,10 +10,15 @@
 //! Rejected: the `jsonschema` crate, whose formats and remote references bring
 //! some forty dependencies for what a model's output is never asked.
 
+use regex::Regex;
 use serde_json::{Map, Value};
+use std::{cell::Cell, collections::HashMap};
 
 /// Most nested references.
 const DEPTH: usize = 64;
+/// Most schemas held against one answer: what refers to itself twice doubles with
+/// each level.
+const STEPS: u32 = 1_000_000;
 
 /// Keywords that say nothing about which values are right.
 const NOTES: &[&str] = &[
@@ -28,7 +33,17 @@ const KNOWN: &[&str] = &[
 
 /// A schema.
 #[derive(Debug, Clone)]
-pub(crate) struct Schema(Value);
+pub(crate) struct Schema {
+    value: Value,
+    /// Its patterns, compiled.
+    patterns: HashMap<String, Regex>,
+}
+
+/// One check: how many steps are left.
+struct Check<'s> {
+    schema: &'s Schema,
+    steps: Cell<u32>,
+}
 
 impl Schema {
     /// Reads a schema.
@@ -44,8 +59,9 @@ impl Schema {
     /// # Errors
     /// As [`Self::parse`].
     pub(crate) fn of(value: Value) -> Result<Self, String> {
-        usable(&value, 0)?;
-        Ok(Self(value))
+        let mut patterns = HashMap::new();
+        usable(&value, &value, 0, &mut patterns)?;
+        Ok(Self { value, patterns })
     }
 
     /// Checks an answer's text.
@@ -54,11 +70,15 @@ impl Schema {
     /// Where it differs: a path and a keyword, no text of the answer.
     pub(crate) fn check(&self, answer: &str) -> Result<(), String> {
         let value = serde_json::from_str(answer.trim()).map_err(|e| format!("no JSON (line {}, column {})", e.line(), e.column()))?;
-        self.value(&self.0, &value, "$", DEPTH)
+        Check { schema: self, steps: Cell::new(STEPS) }.value(&self.value, &value, "$", DEPTH)
     }
+}
 
+impl Check<'_> {
     fn value(&self, schema: &Value, value: &Value, at: &str, depth: usize) -> Result<(), String> {
         let Some(depth) = depth.checked_sub(1) else { return Err(format!("{at}: references without end")) };
+        let Some(steps) = self.steps.get().checked_sub(1) else { return Err(format!("{at}: more than {STEPS} steps")) };
+        self.steps.set(steps);
         let s = match schema {
             Value::Bool(true) => return Ok(()),
             Value::Object(s) => s,
@@ -66,7 +86,8 @@ impl Schema {
         };
         let fail = |keyword: &str| Err(format!("{at}: {keyword}"));
         if let Some(target) = s.get("$ref").and_then(Value::as_str) {
-            let found = target.strip_prefix('#').and_then(|p| self.0.pointer(p));
+            // It was found when the schema was taken.
+            let found = referred(&self.schema.value, target);
             self.value(found.ok_or_else(|| format!("{at}: $ref"))?, value, at, depth)?;
         }
         let kind = |name: &Value| match name.as_str() {
@@ -117,7 +138,7 @@ impl Schema {
                 if count("maxLength").is_some_and(|n| length > n) {
                     return fail("maxLength");
                 }
-                let pattern = s.get("pattern").and_then(Value::as_str).and_then(|p| regex::Regex::new(p).ok());
+                let pattern = s.get("pattern").and_then(Value::as_str).and_then(|p| self.schema.patterns.get(p));
                 if pattern.is_some_and(|p| !p.is_match(text)) { fail("pattern") } else { Ok(()) }
             }
             Value::Number(n) => {
@@ -176,8 +197,13 @@ impl Schema {
     }
 }
 
-/// Refuses a schema whose meaning is not fully checked here.
-fn usable(schema: &Value, depth: usize) -> Result<(), String> {
+/// What `target` stands for in `root`.
+fn referred<'v>(root: &'v Value, target: &str) -> Option<&'v Value> {
+    root.pointer(target.strip_prefix('#')?)
+}
+
+/// Refuses a schema whose meaning is not fully checked here; collects its patterns.
+fn usable(root: &Value, schema: &Value, depth: usize, patterns: &mut HashMap<String, Regex>) -> Result<(), String> {
     if depth > DEPTH {
         return Err(format!("it is nested deeper than {DEPTH}"));
     }
@@ -188,16 +214,21 @@ fn usable(schema: &Value, depth: usize) -> Result<(), String> {
         match key.as_str() {
             "pattern" => {
                 let pattern = value.as_str().ok_or("pattern must be a string")?;
-                regex::Regex::new(pattern).map_err(|e| format!("pattern {pattern:?}: {}", e.to_string().replace('\n', " ")))?;
+                let regex = Regex::new(pattern).map_err(|e| format!("pattern {pattern:?}: {}", e.to_string().replace('\n', " ")))?;
+                patterns.insert(pattern.to_owned(), regex);
+            }
+            "$ref" => {
+                let target = value.as_str().ok_or("$ref must be a string")?;
+                referred(root, target).ok_or_else(|| format!("$ref {target:?} is not in the schema"))?;
             }
             "properties" | "$defs" | "definitions" => {
                 let inner = value.as_object().ok_or_else(|| format!("{key} must be an object"))?;
-                inner.values().try_for_each(|s| usable(s, depth + 1))?;
+                inner.values().try_for_each(|s| usable(root, s, depth + 1, patterns))?;
             }
-            "items" | "additionalProperties" | "not" => usable(value, depth + 1)?,
+            "items" | "additionalProperties" | "not" => usable(root, value, depth + 1, patterns)?,
             "anyOf" | "oneOf" | "allOf" | "prefixItems" => {
                 let inner = value.as_array().ok_or_else(|| format!("{key} must be an array"))?;
-                inner.iter().try_for_each(|s| usable(s, depth + 1))?;
+                inner.iter().try_for_each(|s| usable(root, s, depth + 1, patterns))?;
             }
             known if KNOWN.contains(&known) || NOTES.contains(&known) => {}
             unknown => return Err(format!("the keyword {unknown:?} is not checked here")),
@@ -246,5 +277,17 @@ mod tests {
         assert!(Schema::of(json!({"pattern": "("})).unwrap_err().contains("pattern"));
         let endless = Schema::of(json!({"$ref": "#"})).unwrap();
         assert!(endless.check("1").unwrap_err().contains("without end"));
+    }
+
+    #[test]
+    fn a_schema_that_doubles_ends() {
+        let bomb = Schema::of(json!({"anyOf": [{"$ref": "#"}, {"$ref": "#"}, {"$ref": "#"}]})).unwrap();
+        assert!(bomb.check("1").is_err());
+        for (schema, says) in [(json!({"$ref": "#/nowhere"}), "not in the schema"), (json!({"$ref": "https://example.org/s"}), "not in the schema"), (json!({"$ref": 1}), "a string")] {
+            let why = Schema::of(schema).unwrap_err();
+            assert!(why.contains(says), "{why}");
+        }
+        let many = Schema::of(json!({"items": {"pattern": "^a+$"}})).unwrap();
+        assert_eq!(many.check(&json!(vec!["aa"; 10_000]).to_string()), Ok(()));
     }
 }

@@ -272,7 +272,12 @@ impl PolicySettings {
         if let Some(e) = self.kinds.iter().find_map(|k| k.parse::<Kind>().err()) {
             return invalid("kinds", e.to_string());
         }
-        let none = |key: &'static str, given: bool, of: CheckKind| (given && check != of).then(|| (key, format!("only {} has it, this is {}", of.as_str(), check.as_str())));
+        let usual = Self::default();
+        let only = |key: &'static str, given: bool, of: &[CheckKind]| {
+            let names = || of.iter().map(|c| c.as_str()).collect::<Vec<_>>().join(" and ");
+            (given && !of.contains(&check)).then(|| (key, format!("only {} has it, this is {}", names(), check.as_str())))
+        };
+        let none = |key, given, of| only(key, given, &[of]);
         let foreign = [
             none("kinds", !self.kinds.is_empty(), CheckKind::Pii),
             none("phrases", !self.phrases.is_empty(), CheckKind::Phrases),
@@ -280,6 +285,14 @@ impl PolicySettings {
             none("head", self.head.is_some(), CheckKind::Head),
             none("judge", self.judge.is_some(), CheckKind::Judge),
             none("schema_file", self.schema_file.is_some(), CheckKind::Schema),
+            none("words", self.words != usual.words, CheckKind::Takedown),
+            none("protocol", self.protocol != usual.protocol, CheckKind::Judge),
+            only("thresholds", !self.thresholds.is_empty(), &[CheckKind::Moderation, CheckKind::Injection, CheckKind::Head]),
+            only("tenants", !self.tenants.is_empty(), &[CheckKind::Moderation, CheckKind::Injection, CheckKind::Head]),
+            only("on_failure", self.on_failure != usual.on_failure, &[CheckKind::Judge, CheckKind::Head]),
+            only("timeout_s", self.timeout_s != usual.timeout_s, &[CheckKind::Judge, CheckKind::Head]),
+            only("window_chars", self.window_chars != usual.window_chars, &[CheckKind::Judge, CheckKind::Head]),
+            only("step_chars", self.step_chars != usual.step_chars, &[CheckKind::Judge, CheckKind::Head]),
         ];
         if let Some((key, why)) = foreign.into_iter().flatten().next() {
             return invalid(key, why);

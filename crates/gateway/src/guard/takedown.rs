@@ -10,9 +10,9 @@
 //! disk to look for it.
 
 use super::phrases::words;
+use ashlar_core::hash::{fnv1a, mix};
 use std::{
     collections::HashSet,
-    hash::{DefaultHasher, Hasher as _},
     ops::Range,
     sync::{PoisonError, RwLock},
 };
@@ -25,13 +25,7 @@ const SHINGLE: usize = 3;
 pub struct Takedowns(RwLock<HashSet<u64>>);
 
 fn hash(words: &[(String, Range<usize>)]) -> u64 {
-    // With fixed keys: the same in every process.
-    let mut hasher = DefaultHasher::new();
-    for (word, _) in words {
-        hasher.write(word.as_bytes());
-        hasher.write_u8(0);
-    }
-    hasher.finish()
+    mix(fnv1a(words.iter().flat_map(|(word, _)| word.bytes().chain([0]))))
 }
 
 /// The hashes of a document's shingles.

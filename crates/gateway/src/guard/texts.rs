@@ -92,27 +92,47 @@ pub(super) fn each(fields: &mut [(String, Value)], mut each: impl FnMut(&str) ->
     changed
 }
 
-/// What users say: the texts of messages with the role `user` or `tool`, or of
-/// the prompt. What a system message says is the operator's own.
+/// What users say: of each message with a role other than the operator's or the
+/// model's, or of each prompt, its texts together. What a system message says is the
+/// operator's own.
 pub(super) fn said(fields: &[(String, Value)]) -> Vec<String> {
     let mut out = Vec::new();
-    for (name, value) in fields.iter().filter(|(n, _)| matches!(n.as_str(), "messages" | "prompt" | "input" | "query" | "documents")) {
-        let mut value = match (name.as_str(), value) {
+    for (name, value) in fields {
+        let each: Vec<&Value> = match (name.as_str(), value) {
             ("messages" | "input" | "documents", Value::Array(all)) => {
                 let theirs = |m: &&Value| !matches!(m["role"].as_str(), Some("system" | "developer" | "assistant"));
-                all.iter().filter(theirs).map(|m| m.get("content").unwrap_or(m).clone()).collect()
+                all.iter().filter(theirs).map(|m| m.get("content").unwrap_or(m)).collect()
             }
-            _ => value.clone(),
+            ("prompt", Value::Array(all)) => all.iter().collect(),
+            ("prompt" | "input" | "query", one) => vec![one],
+            _ => continue,
         };
-        walk(&mut value, "", "content", &mut |text| {
-            // A part's type is no text of anyone.
-            if !matches!(text, "type" | "text" | "image_url" | "input_text") {
-                out.push(text.to_owned());
+        for one in each {
+            let mut text = String::new();
+            gather(one, "", "content", &mut text);
+            if !text.is_empty() {
+                out.push(text);
             }
-            None
-        });
+        }
     }
     out
+}
+
+/// Joins the strings of a message's content, line by line: of a part all but what
+/// says of which kind it is.
+fn gather(value: &Value, parent: &str, key: &str, out: &mut String) {
+    match value {
+        Value::String(text) if key == "type" || is_data(parent, key, text) => {}
+        Value::String(text) => {
+            if !out.is_empty() {
+                out.push('\n');
+            }
+            out.push_str(text);
+        }
+        Value::Array(items) => items.iter().for_each(|v| gather(v, parent, key, out)),
+        Value::Object(map) => map.iter().for_each(|(k, v)| gather(v, key, k, out)),
+        _ => {}
+    }
 }
 
 /// Whether the prompt is given as token ids, which no one here can read.
@@ -166,6 +186,10 @@ mod tests {
         let body = json!({"model": "m", "messages": [{"role": "system", "content": "rules"}, {"role": "user", "content": "hi"},
             {"role": "assistant", "content": "yes"}, {"role": "user", "content": [{"type": "text", "text": "there"}]}]});
         assert_eq!(said(&read(&ask(Endpoint::Chat, body)).unwrap()), ["hi", "there"]);
+        let parts = json!([{"type": "text", "text": "one"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+            {"type": "text", "text": "two"}]);
+        let body = json!({"model": "m", "messages": [{"role": "user", "content": parts}]});
+        assert_eq!(said(&read(&ask(Endpoint::Chat, body)).unwrap()), ["one\ntwo"], "a message is one text, and a picture none");
         let body = json!({"model": "m", "prompt": ["a", "b"]});
         assert_eq!(said(&read(&ask(Endpoint::Completions, body)).unwrap()), ["a", "b"]);
     }

@@ -130,9 +130,24 @@ pub(crate) fn unsupported(param: &str, why: &str) -> ApiError {
     ApiError::bad_request(message, Some(param), Some("unsupported_parameter"))
 }
 
+/// Statuses and what Anthropic's errors call them.
+pub(crate) const ERRORS: [(u16, &str); 9] = [
+    (400, "invalid_request_error"), (401, "authentication_error"), (402, "billing_error"), (403, "permission_error"),
+    (404, "not_found_error"), (413, "request_too_large"), (429, "rate_limit_error"), (503, "overloaded_error"),
+    (504, "timeout_error"),
+];
+
 /// 400 for a value of another type.
 pub(crate) fn wrong(param: &str, wanted: &str) -> ApiError {
     ApiError::bad_request(format!("{param} must be {wanted}"), Some(param), Some("invalid_type"))
+}
+
+/// Parts of a content; one text stays a plain string, as servers of text read it.
+pub(crate) fn whole(mut parts: Vec<Value>) -> Value {
+    match parts.as_mut_slice() {
+        [one] if one["type"] == "text" => one["text"].take(),
+        _ => parts.into(),
+    }
 }
 
 /// A JSON object read field by field, so that none is left unseen.

@@ -171,9 +171,12 @@ impl Canary {
     /// back.
     pub(crate) async fn read_scores(&self) {
         let Some(path) = &self.settings.scores else { return };
-        // A file that is not there yet has no scores.
-        let Ok(bytes) = tokio::fs::read(path).await else { return };
-        self.score(&bytes);
+        match tokio::fs::read(path).await {
+            Ok(bytes) => self.score(&bytes),
+            // A file that is not there yet has no scores.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => self.with(|s| s.scores.error = Some(format!("{}: {e}", path.display()))),
+        }
     }
 
     fn score(&self, file: &[u8]) {

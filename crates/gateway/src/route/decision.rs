@@ -1,7 +1,7 @@
 //! Why a request went where it went.
 
 use super::Judged;
-use crate::{config::Policy, upstream::Tokens};
+use crate::{config::Policy, series::Phases, upstream::Tokens};
 use serde::Serialize;
 use std::{
     collections::{HashMap, VecDeque},
@@ -62,6 +62,8 @@ pub(crate) struct Decision {
     pub(crate) stages: Vec<Stage>,
     attempts: Mutex<Vec<Attempt>>,
     tokens: Mutex<Option<Tokens>>,
+    /// Where its time went, once it is over.
+    phases: Mutex<Option<Phases>>,
 }
 
 impl Decision {
@@ -80,9 +82,10 @@ impl Decision {
         answered.map_or(0.0, |a| a.at_ms / 1e3)
     }
 
-    /// What the request was billed for.
-    pub(crate) fn settled(&self, tokens: Tokens) {
+    /// What the request was billed for, and where its time went.
+    pub(crate) fn settled(&self, tokens: Tokens, phases: Option<Phases>) {
         *self.tokens.lock().unwrap_or_else(PoisonError::into_inner) = Some(tokens);
+        *self.phases.lock().unwrap_or_else(PoisonError::into_inner) = phases;
     }
 }
 

@@ -77,6 +77,10 @@ pub(crate) fn metrics(resource: &Resource, families: &[Family], start: u64, now:
                 let (key, value) = semconv::attribute(k, v);
                 attribute(key, value)
             }));
+            // Several routes are one operation: both, or their points would be one.
+            if let Some((_, route)) = labels.iter().find(|(k, _)| *k == "endpoint") {
+                list.push(attribute(semconv::OPERATION, semconv::operation(route)));
+            }
             if name.starts_with("gen_ai.") {
                 list.push(attribute(semconv::PROVIDER, semconv::OURS));
             }
@@ -114,4 +118,33 @@ pub(crate) fn metrics(resource: &Resource, families: &[Family], start: u64, now:
     }
     let scope_metrics = vec![ScopeMetrics { scope: scope(), metrics: out }];
     Metrics { resource_metrics: vec![ResourceMetrics { resource: Some(resource.clone()), scope_metrics }] }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::family::Families;
+    use std::collections::BTreeSet;
+
+    /// Two points of one identity are one to a collector, or none.
+    #[test]
+    fn no_point_is_taken_for_another() {
+        let mut f = Families::default();
+        let one = || Value::Number(1.0);
+        let endpoints = ["/v1/chat/completions", "/v1/messages", "/v1/completions", "/v1/rerank", "mirror:/v1/completions"];
+        f.add("prompt_tokens_total", Kind::Counter, "", endpoints.map(|e| (vec![("model_name", "m"), ("endpoint", e)], one())));
+        let verdicts = [("pii", "request", "block"), ("pii", "answer", "block"), ("pii", "answer", "redact"), ("x", "answer", "redact")];
+        f.add("guard_verdicts_total", Kind::Counter, "", verdicts.map(|(p, s, a)| (vec![("policy", p), ("stage", s), ("action", a)], one())));
+        let sent = metrics(&Resource::default(), &f.0, 0, 1);
+        for metric in &sent.resource_metrics[0].scope_metrics[0].metrics {
+            let Some(Data::Sum(sum)) = &metric.data else { panic!("{metric:?}") };
+            let mut seen = BTreeSet::new();
+            for point in &sum.data_points {
+                let keys: BTreeSet<&str> = point.attributes.iter().map(|a| a.key.as_str()).collect();
+                assert_eq!(keys.len(), point.attributes.len(), "{point:?}");
+                assert!(seen.insert(format!("{:?}", point.attributes)), "{point:?}");
+            }
+            assert!(seen.len() >= 4);
+        }
+    }
 }

@@ -22,6 +22,7 @@ pub(crate) const SERVER_PORT: &str = "server.port";
 pub(crate) const ERROR_TYPE: &str = "error.type";
 pub(crate) const HTTP_METHOD: &str = "http.request.method";
 pub(crate) const HTTP_STATUS: &str = "http.response.status_code";
+pub(crate) const HTTP_ROUTE: &str = "http.route";
 pub(crate) const URL_PATH: &str = "url.path";
 pub(crate) const SERVICE_NAME: &str = "service.name";
 pub(crate) const SERVICE_VERSION: &str = "service.version";
@@ -86,7 +87,10 @@ pub(crate) fn metric(family: &str) -> (String, &'static str, Option<(&'static st
 pub(crate) fn attribute(label: &str, value: &str) -> (&'static str, String) {
     match label {
         "model_name" => (REQUEST_MODEL, value.to_owned()),
-        "endpoint" => (OPERATION, operation(value).to_owned()),
+        "endpoint" => (HTTP_ROUTE, value.to_owned()),
+        "policy" => ("ashlar.policy", value.to_owned()),
+        "stage" => ("ashlar.stage", value.to_owned()),
+        "action" => ("ashlar.action", value.to_owned()),
         "backend" => (BACKEND, value.to_owned()),
         "outcome" => (OUTCOME, value.to_owned()),
         "finished_reason" => ("ashlar.finished_reason", value.to_owned()),

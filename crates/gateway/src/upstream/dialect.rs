@@ -188,7 +188,8 @@ impl Dialect {
             Endpoint::Chat | Endpoint::Messages | Endpoint::Responses => true,
             Endpoint::Completions => !matches!(self, Self::Anthropic),
             Endpoint::Embeddings => !matches!(self, Self::Anthropic | Self::Tgi),
-            Endpoint::Rerank => matches!(self, Self::Vllm | Self::Sglang | Self::LlamaServer | Self::Ashlar),
+            // SGLang answers with a bare array.
+            Endpoint::Rerank => matches!(self, Self::Vllm | Self::LlamaServer | Self::Ashlar),
             // llama-server's have another form.
             Endpoint::Tokenize | Endpoint::Detokenize => matches!(self, Self::Vllm | Self::Ashlar),
         }

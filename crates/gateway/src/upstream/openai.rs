@@ -247,7 +247,7 @@ fn one_line(raw: &RawValue) -> String {
 fn whole(link: &Link, reader: &Reader, body: &[u8], prompt: u32, choices: bool) -> Result<(Chunk, End), UpstreamError> {
     let malformed = |why: String| reader.malformed("an answer that is not of the protocol", why);
     let text = std::str::from_utf8(body).map_err(|e| malformed(e.to_string()))?;
-    if let Some(refused) = refusal(link, body).filter(|_| !choices) {
+    if !choices && let Some(refused) = refusal(link, body) {
         return Err(refused);
     }
     let read = read(text, choices).map_err(|why| refusal(link, body).unwrap_or_else(|| malformed(why)))?;

@@ -35,6 +35,7 @@ fn config(mock: &Mock) -> String {
         + unpriced
         + &format!("[models.{hostile}]\ntargets = [{{ backend = \"gpu-a\", model = \"good\" }}]\n")
         + "[models.broken]\nretries = 0\ntargets = [{ backend = \"gpu-b\", model = \"500\" }]\n"
+        + "[guard.policies.secrets-out]\ncheck = \"pii\"\non = [\"request\"]\non_violation = \"redact\"\n"
 }
 
 impl Demo {
@@ -59,7 +60,7 @@ impl Demo {
         for round in 0..24 {
             demo.round(round).await;
         }
-        let reply = demo.ask(0, "kiln", "Which tile stands the frost?", "ada", false).await;
+        let reply = demo.ask(0, "kiln", "Which tile stands the frost? Write to anna@example.org.", "ada", false).await;
         demo.routed = reply.header("x-ashlar-response-id").unwrap_or_else(|| panic!("{reply:?}")).to_owned();
         demo
     }

@@ -242,6 +242,7 @@ fn config(text: &str) -> Config {
 #[tokio::test(flavor = "multi_thread")]
 async fn compose_takes_our_file_and_the_gateway_its_own() {
     let config = config(&read("gateway.toml"));
+    assert!(config.accounts.require_keys, "its command listens on every address");
     let wait = config.server.drain_s.unwrap() + config.server.grace_s.unwrap();
     let compose = read("compose.yaml");
     let given = regex::Regex::new(r"stop_grace_period: (\d+)s").unwrap().captures(&compose).unwrap()[1].parse::<f64>().unwrap();
@@ -316,6 +317,7 @@ async fn helm_renders_what_kubernetes_takes() {
         let (_, toml) = text.split_once("gateway.toml: |\n").unwrap();
         let toml: String = toml.lines().take_while(|l| l.is_empty() || l.starts_with("    ")).map(|l| format!("{}\n", l.trim())).collect();
         let config = config(&toml);
+        assert!(config.accounts.require_keys, "its command listens on every address");
         assert_eq!(config.server.tls_cert.is_some(), values.contains(&"tls.secret=t"), "{toml}");
         let given = seconds.captures(&text).unwrap()[1].parse::<f64>().unwrap();
         assert!(given > config.server.drain_s.unwrap() + config.server.grace_s.unwrap());

@@ -307,3 +307,24 @@ async fn the_console_is_for_keys_that_may_see_it() {
     assert_eq!(reply.status, 401, "a session ends with its key");
     server.stop().await;
 }
+
+/// A request that goes no further than the door is no one's to pay for.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_guard_does_not_take_costs_nothing() {
+    let (_place, accounts) = accounts().await;
+    let toml = "[guard.policies.pii]\ncheck = \"pii\"\n";
+    let server = guarded(&accounts, toml).await;
+    let secret = key(&accounts, limited(&["tokens/day/100000", "requests/day/2"])).await;
+    let id = accounts.authenticate(&secret).unwrap().key().id.clone();
+    let mut asked = body(MODEL, false);
+    (asked["logprobs"], asked["max_tokens"]) = (true.into(), 4096.into());
+    for _ in 0..3 {
+        let reply = server.post_as(&secret, CHAT, &asked).await;
+        assert_eq!(code(&reply), (400, "unsupported_parameter".into()), "{reply:?}");
+    }
+    accounts.flush().await.unwrap();
+    let standing = accounts.standing(&id, None).await.unwrap();
+    assert!(standing.iter().all(|s| s.spent == 0u64.into()), "{standing:?}");
+    assert_eq!(server.post_as(&secret, CHAT, &body(MODEL, false)).await.status, 200);
+    server.stop().await;
+}

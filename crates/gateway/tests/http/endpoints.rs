@@ -183,6 +183,17 @@ async fn responses_are_the_same_streamed_and_whole() {
         let ask = |stream: bool| json!({"model": model, "input": "good morning", "stream": stream});
         let reply = server.post("/v1/responses", &ask(false)).await;
         let mut whole = reply.json();
+        // What comes can be sent back, thoughts and calls among it.
+        let mut turns = vec![json!({"role": "user", "content": "good morning"})];
+        turns.extend(whole["output"].as_array().unwrap().iter().cloned());
+        turns.push(json!({"role": "user", "content": "go on"}));
+        let next = server.post("/v1/responses", &json!({"model": model, "input": turns})).await;
+        assert_eq!(next.status, 200, "{next:?}");
+        if model == "tools" {
+            let sent = mock.last().body["messages"].clone();
+            let roles: Vec<&str> = sent.as_array().unwrap().iter().map(|t| t["role"].as_str().unwrap()).collect();
+            assert_eq!(roles, ["user", "assistant", "user"], "what is said and called at once is one turn: {sent}");
+        }
         // The mock thinks in whole answers alone.
         whole["output"].as_array_mut().unwrap().retain(|o| o["type"] != "reasoning");
         assert_eq!((reply.status, &whole["status"]), (200, &json!("completed")), "{reply:?}");

@@ -241,3 +241,46 @@ async fn policies_are_read_again_with_the_file() {
     assert!(!ask(&server, "chat", "leak", "cut 0", false).await.body.contains(KEY), "a file that is wrong takes nothing away");
     server.stop().await;
 }
+
+/// Everything of an answer, however its endpoint writes it.
+async fn never_out(server: &Server, path: &str, body: Value) {
+    for stream in [true, false] {
+        for cut in (0..1500).step_by(if stream { 211 } else { 700 }) {
+            let mut asked = body.clone();
+            let filled = asked.to_string().replace("PROMPT", &format!("cut {cut}"));
+            asked = serde_json::from_str(&filled).unwrap();
+            asked["stream"] = stream.into();
+            let reply = server.post(path, &asked).await;
+            assert!(!reply.body.contains("ODNN7EX") && !reply.body.contains("exam\"") && !reply.body.contains(MAIL), "{path} {stream} {cut}: {}", reply.body);
+            let (s, lines) = guard_of(server, &reply).await;
+            assert!(!lines.is_empty() && !s.answer.unwrap_or_default().contains(KEY), "{path} {stream} {cut}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nor_do_the_endpoints_of_other_protocols() {
+    let mock = Mock::start().await;
+    for action in ["redact", "block"] {
+        let policy = format!("[guard.policies.pii]\ncheck = \"pii\"\non = [\"answer\"]\non_violation = \"{action}\"\n");
+        let server = Server::routed(&config(&mock, &policy)).await;
+        let turns = json!([{"role": "user", "content": "PROMPT"}]);
+        never_out(&server, "/v1/messages", json!({"model": "leak", "max_tokens": 50, "messages": turns})).await;
+        never_out(&server, "/v1/responses", json!({"model": "leak", "input": turns})).await;
+        server.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_flagged_counts_though_nothing_guards_the_answer() {
+    let mock = Mock::start().await;
+    let toml = "[guard.policies.words]\ncheck = \"phrases\"\nphrases = [\"falcon\"]\non = [\"request\"]\non_violation = \"flag\"\n[guard.abuse]\n";
+    let server = Server::routed(&config(&mock, toml)).await;
+    let body = json!({"model": "good", "messages": [{"role": "user", "content": "the falcon"}], "user": "bob"});
+    assert_eq!(server.post("/v1/chat/completions", &body).await.status, 200);
+    let users = server.store.abuse_users(&LIMITS).await.unwrap();
+    assert_eq!(users.iter().map(|u| u.strikes).collect::<Vec<_>>(), [1.0]);
+    let odd = json!({"model": "good", "messages": [{"role": "user", "content": "the falcon"}], "user": 5});
+    assert_eq!(server.post("/v1/chat/completions", &odd).await.status, 400, "nobody passes by under a name of another type");
+    server.stop().await;
+}

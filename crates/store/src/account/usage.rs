@@ -300,10 +300,13 @@ pub(super) async fn insert(tx: &mut Tx, rows: &str, replica: &str) -> Result<u64
     tx.execute(&INSERT, &[rows, replica]).await
 }
 
-/// The last rows of a replica, newest first, some thousand at most.
+/// The rows that a replica settled last, newest first, some thousand at most. None
+/// that was admitted a day before its last.
 pub(super) async fn last_of(tx: &mut Tx, replica: &str) -> Result<Vec<UsageRow>, AccountError> {
     let sql = format!(
-        "{} WHERE replica = $1 AND at_ms >= (SELECT started_ms FROM replica WHERE id = $1) ORDER BY at_ms DESC LIMIT 4096",
+        "{} WHERE replica = $1 AND at_ms >= (SELECT started_ms FROM replica WHERE id = $1) AND at_ms >= \
+         (SELECT at_ms FROM usage WHERE replica = $1 ORDER BY at_ms DESC LIMIT 1) - 86400000 \
+         ORDER BY settled_ms DESC LIMIT 4096",
         *SELECT
     );
     tx.rows(&sql, &[replica]).await?.iter().map(|r| Ok(serde_json::from_str(r)?)).collect()

@@ -2,7 +2,7 @@
 //! no shortcuts, no parsers by hand. Judges (checksums, context, what reads like
 //! a secret) are the same.
 
-use super::anchors::{Body, HEADS, NAMES};
+use super::anchors::{Body, HEADS, Head, NAMES};
 use super::scanner::{Scan, pieces};
 use super::text::Text;
 use super::{Finding, Kind, Kinds, email, hosts, named, secrets};
@@ -20,6 +20,21 @@ static EMAIL: LazyLock<Regex> = LazyLock::new(|| {
     )
     .replace("[A", r"[\p{Alphabetic}\p{N}")
     .replace("L[L-]*L", r"\p{Alphabetic}[\p{Alphabetic}-]*\p{Alphabetic}"))
+});
+/// Of each of [`HEADS`].
+static KEYS: LazyLock<Vec<Regex>> = LazyLock::new(|| {
+    let key = |h: &Head| {
+        let class = match h.body {
+            Body::Url => "[A-Za-z0-9_-]",
+            Body::Alnum => "[A-Za-z0-9]",
+            Body::Upper => "[A-Z0-9]",
+            Body::Word => "[A-Za-z0-9_]",
+            Body::Dotted => "[A-Za-z0-9_.-]",
+        };
+        let head = regex::escape(h.head);
+        pattern(&format!("{head}{class}{{{},}}", h.least))
+    };
+    HEADS.iter().map(key).collect()
 });
 static GROUP: LazyLock<Regex> = LazyLock::new(|| pattern(r"[0-9]+"));
 static CLUSTER: LazyLock<Regex> =
@@ -139,16 +154,8 @@ fn keys(text: &Text<'_>, out: &mut Vec<Finding>) {
             out.push(Finding { kind, start, end });
         }
     };
-    for h in &HEADS {
-        let class = match h.body {
-            Body::Url => "[A-Za-z0-9_-]",
-            Body::Alnum => "[A-Za-z0-9]",
-            Body::Upper => "[A-Z0-9]",
-            Body::Word => "[A-Za-z0-9_]",
-            Body::Dotted => "[A-Za-z0-9_.-]",
-        };
-        let head = regex::escape(h.head);
-        each(&pattern(&format!("{head}{class}{{{},}}", h.least)), text.str, |c| {
+    for (h, head) in HEADS.iter().zip(KEYS.iter()) {
+        each(head, text.str, |c| {
             let m = c.get(0).unwrap();
             let dots = m.as_str().len() - m.as_str().trim_end_matches('.').len();
             let end = m.end() - if h.body == Body::Dotted { dots.min(16) } else { 0 };

@@ -103,6 +103,8 @@ pub(super) struct Scan<'t> {
     pub(super) token_end: usize,
     /// The last run of a secret's characters.
     pub(super) value: Range<usize>,
+    /// The run of a dotted body that was walked last.
+    pub(super) dotted: Range<usize>,
     /// Groups of digits that may belong together.
     pub(super) groups: Vec<Range<usize>>,
 }
@@ -118,6 +120,7 @@ impl<'t> Scan<'t> {
             email_end: from,
             token_end: from,
             value: 0..0,
+            dotted: 0..0,
             groups: Vec::new(),
         }
     }

@@ -59,8 +59,18 @@ impl Scan<'_> {
         if before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == '-') {
             return;
         }
+        // A body may hold heads of its own: the run they share is walked once.
+        let mut run = std::mem::take(&mut self.dotted);
         self.judge(start, || {
             let end = match issuer {
+                Some(h) if h.body == Body::Dotted => {
+                    if !(run.start <= end && end < run.end) {
+                        run = end..text.run(end, usize::MAX, |b| h.body.has(b));
+                    } else if run.end == text.len() {
+                        text.byte(run.end);
+                    }
+                    sentence(text, end, run.end, h.least)?
+                }
                 Some(h) => body(text, end, h.body, h.least)?,
                 None => jwt(text, end)?,
             };
@@ -70,15 +80,19 @@ impl Scan<'_> {
                 end,
             })
         });
+        self.dotted = run;
     }
 }
 
 /// The end of the body at `i`, if it has `least` characters.
 fn body(text: &Text<'_>, i: usize, body: Body, least: usize) -> Option<usize> {
-    let mut end = text.run(i, usize::MAX, |b| body.has(b));
-    if body == Body::Dotted {
-        end -= text.bytes[i..end].iter().rev().take_while(|b| **b == b'.').count().min(16);
-    }
+    let end = text.run(i, usize::MAX, |b| body.has(b));
+    (end - i >= least).then_some(end)
+}
+
+/// The end of the dotted body `i..end` without a sentence's full stops.
+fn sentence(text: &Text<'_>, i: usize, end: usize, least: usize) -> Option<usize> {
+    let end = end - text.bytes[i..end].iter().rev().take_while(|b| **b == b'.').count().min(16);
     (end - i >= least).then_some(end)
 }
 

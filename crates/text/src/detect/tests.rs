@@ -163,6 +163,13 @@ fn plain(marked: &str) -> (String, Vec<(usize, usize)>) {
     (text, spans)
 }
 
+/// Each head is in the body of the one before; a walk from each would take hours.
+#[test]
+fn a_body_of_heads_is_walked_once() {
+    let text = "SG.".repeat(1_000_000);
+    let _ = Scanner::new(Kinds::ALL).find(&text);
+}
+
 #[test]
 fn every_plant_is_found_exactly() {
     for (kind, marked) in PLANTS {

@@ -17,7 +17,10 @@
 //! ```
 
 use super::{Finding, Kind};
-use std::{collections::HashMap, fmt};
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+};
 
 /// The longest placeholder: `<IT_FISCAL_CODE_4294967295>` and some room.
 const MAX_PLACEHOLDER: usize = 32;
@@ -29,6 +32,8 @@ pub struct Vault {
     placeholders: HashMap<(Kind, String), String>,
     /// The last number given out for a kind.
     last: HashMap<Kind, u32>,
+    /// What looks like a placeholder in the texts themselves.
+    taken: HashSet<String>,
 }
 
 impl fmt::Debug for Vault {
@@ -44,19 +49,32 @@ impl Vault {
         if findings.is_empty() {
             return text.to_owned();
         }
+        self.avoid(text);
         let mut out = String::with_capacity(text.len());
         let mut at = 0;
         for f in findings {
             out.push_str(&text[at..f.start]);
-            out.push_str(self.placeholder(text, f.kind, &text[f.start..f.end]));
+            out.push_str(self.placeholder(f.kind, &text[f.start..f.end]));
             at = f.end;
         }
         out.push_str(&text[at..]);
         out
     }
 
-    /// The placeholder of `original`; a new one is none that `text` holds.
-    fn placeholder(&mut self, text: &str, kind: Kind, original: &str) -> &str {
+    /// Gives out no placeholder that `text` holds as it is. Texts of one conversation
+    /// are all avoided before the first of them is hidden: what one says of
+    /// `<EMAIL_1>` is not what another's stands for.
+    pub fn avoid(&mut self, text: &str) {
+        for (open, _) in text.match_indices('<') {
+            let name = placeholder_len(&text[open..]);
+            if let Some(whole) = text.get(open..open + name + 1).filter(|w| w.ends_with('>')) {
+                self.taken.insert(whole.to_owned());
+            }
+        }
+    }
+
+    /// The placeholder of `original`; a new one is none that a text holds.
+    fn placeholder(&mut self, kind: Kind, original: &str) -> &str {
         let last = self.last.entry(kind).or_insert(0);
         self.placeholders
             .entry((kind, original.to_owned()))
@@ -64,7 +82,7 @@ impl Vault {
                 let placeholder = loop {
                     *last += 1;
                     let name = format!("<{}_{last}>", kind.label());
-                    if !text.contains(&name) {
+                    if !self.taken.contains(&name) {
                         break name;
                     }
                 };
@@ -114,7 +132,7 @@ impl<'v> Restorer<'v> {
 
     /// What can be given out after `piece`.
     pub fn push(&mut self, piece: &str) -> String {
-        self.held.push(self.vault, piece)
+        self.held.push(self.vault, piece, false)
     }
 
     /// What was held back.
@@ -123,24 +141,27 @@ impl<'v> Restorer<'v> {
     }
 }
 
+/// Bytes of the placeholder that may begin `text`, its `<` among them and a `>` not.
+fn placeholder_len(text: &str) -> usize {
+    let name = text.bytes().skip(1).take(MAX_PLACEHOLDER);
+    1 + name.take_while(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || *b == b'_').count()
+}
+
 /// The end of a stream that may be the head of a placeholder.
 #[derive(Debug, Default, Clone)]
 pub struct Held(String);
 
 impl Held {
-    /// What can be given out after `piece`, placeholders of `vault` restored.
-    pub fn push(&mut self, vault: &Vault, piece: &str) -> String {
+    /// What can be given out after `piece`, placeholders of `vault` restored; in
+    /// `json` as a part of a JSON string.
+    pub fn push(&mut self, vault: &Vault, piece: &str, json: bool) -> String {
         let text = std::mem::take(&mut self.0) + piece;
         let mut out = String::with_capacity(text.len());
         let mut rest = text.as_str();
         while let Some(open) = rest.find('<') {
             out.push_str(&rest[..open]);
             rest = &rest[open..];
-            let name = 1 + rest[1..]
-                .bytes()
-                .take(MAX_PLACEHOLDER)
-                .take_while(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || *b == b'_')
-                .count();
+            let name = placeholder_len(rest);
             if name == rest.len() && name < MAX_PLACEHOLDER {
                 self.0 = rest.to_owned();
                 return out;
@@ -148,7 +169,12 @@ impl Held {
             let whole = rest.get(..name + 1).filter(|w| w.ends_with('>'));
             match whole.and_then(|w| vault.originals.get(w)) {
                 Some(original) => {
-                    out.push_str(original);
+                    if json {
+                        let quoted = serde_json::Value::from(original.as_str()).to_string();
+                        out.push_str(&quoted[1..quoted.len() - 1]);
+                    } else {
+                        out.push_str(original);
+                    }
                     rest = &rest[name + 1..];
                 }
                 None => {
@@ -188,6 +214,27 @@ mod tests {
         assert_eq!(hidden, "<EMAIL_2> and <EMAIL_3>");
         assert_eq!(vault.restore(&hidden), next);
         assert!(!format!("{vault:?}").contains("a@b.org"));
+    }
+
+    #[test]
+    fn nor_is_one_in_another_text_of_theirs() {
+        let mut vault = Vault::default();
+        let texts = ["mail a@b.org", "what does <EMAIL_1> mean?"];
+        texts.iter().for_each(|t| vault.avoid(t));
+        let hidden = texts.map(|t| vault.hide(t, &Scanner::new(Kinds::ALL).find(t)));
+        assert_eq!(hidden, ["mail <EMAIL_2>", "what does <EMAIL_1> mean?"]);
+        assert_eq!(hidden.map(|t| vault.restore(&t)), texts);
+    }
+
+    #[test]
+    fn in_json_originals_are_escaped() {
+        let mut vault = Vault::default();
+        let key = "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBgkqhkiG9w0BAQEFAASC\n-----END PRIVATE KEY-----";
+        let hidden = vault.hide(key, &Scanner::new(Kinds::ALL).find(key));
+        let (mut held, json) = (Held::default(), format!("{{\"k\":\"{hidden}\"}}"));
+        let back: String = json.chars().map(|c| held.push(&vault, &c.to_string(), true)).collect();
+        let back = back + &held.finish();
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&back).unwrap()["k"], key);
     }
 
     #[test]

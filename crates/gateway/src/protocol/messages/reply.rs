@@ -1,7 +1,7 @@
 //! An answer as Anthropic's clients read it.
 
 use crate::{
-    protocol::{Block, Protocol, continues, event, parts},
+    protocol::{Block, ERRORS, Protocol, continues, event, parts},
     reply::RESPONSE_ID,
     upstream::{End, Piece, Tokens},
 };
@@ -22,18 +22,9 @@ pub(crate) struct Reply {
 
 /// `{"type":"error",…}`.
 fn error_body(error: &ApiError, id: Option<&str>) -> Value {
-    let kind = match error.status {
-        401 => "authentication_error",
-        402 => "billing_error",
-        403 => "permission_error",
-        404 => "not_found_error",
-        413 => "request_too_large",
-        429 => "rate_limit_error",
-        503 => "overloaded_error",
-        504 => "timeout_error",
-        400..=499 => "invalid_request_error",
-        _ => "api_error",
-    };
+    let known = ERRORS.iter().find(|(status, _)| *status == error.status);
+    let other = if (400..500).contains(&error.status) { "invalid_request_error" } else { "api_error" };
+    let kind = known.map_or(other, |(_, kind)| kind);
     json!({"type": "error", "error": {"type": kind, "message": error.message}, "request_id": id})
 }
 

@@ -4,7 +4,7 @@
 //! works by itself here), and thinking of earlier turns, which Anthropic's API
 //! leaves out of the conversation, too.
 
-use crate::protocol::{Object, unsupported, wrong};
+use crate::protocol::{Object, unsupported, whole, wrong};
 use ashlar_api::ApiError;
 use serde_json::{Map, Value, json};
 
@@ -107,14 +107,6 @@ fn text_content(path: &str, content: Value) -> Result<Value, ApiError> {
         parts.push(text_part(b)?);
     }
     Ok(whole(parts))
-}
-
-/// One text block stays a plain string, as servers of text read it.
-fn whole(mut parts: Vec<Value>) -> Value {
-    match parts.as_mut_slice() {
-        [one] if one["type"] == "text" => one["text"].take(),
-        _ => parts.into(),
-    }
 }
 
 fn text_part(mut b: Object) -> Result<Value, ApiError> {

@@ -1,6 +1,6 @@
 //! A responses request as a chat request.
 
-use crate::protocol::{Object, unsupported, wrong};
+use crate::protocol::{Object, unsupported, whole, wrong};
 use ashlar_api::ApiError;
 use serde_json::{Map, Value, json};
 
@@ -138,10 +138,19 @@ fn item(path: &str, item: Value, turns: &mut Vec<Value>) -> Result<(), ApiError>
                 "function": {"name": o.need_text("name")?, "arguments": o.need_text("arguments")?}});
             o.text("id")?;
             o.text("status")?;
-            // Calls made at once are one turn.
-            match turns.last_mut().and_then(|t| t.get_mut("tool_calls")?.as_array_mut()) {
-                Some(calls) => calls.push(call),
+            // What is said and called at once is one turn.
+            match turns.last_mut().filter(|t| t["role"] == "assistant") {
+                Some(turn) => match turn["tool_calls"].as_array_mut() {
+                    Some(calls) => calls.push(call),
+                    None => turn["tool_calls"] = json!([call]),
+                },
                 None => turns.push(json!({"role": "assistant", "content": null, "tool_calls": [call]})),
+            }
+        }
+        // Ours, sent back. Chat requests have no place for it, nor do models read it.
+        "reasoning" => {
+            for field in ["id", "status", "summary", "content", "encrypted_content"] {
+                o.take(field);
             }
         }
         "function_call_output" => {
@@ -187,10 +196,7 @@ fn content(path: &str, content: Value) -> Result<Value, ApiError> {
         p.end()?;
         out.push(part);
     }
-    Ok(match out.as_mut_slice() {
-        [one] if one["type"] == "text" => one["text"].take(),
-        _ => out.into(),
-    })
+    Ok(whole(out))
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use crate::upstream::{
     http::Reader,
     usage::AnthropicUsage,
 };
-use crate::ask::estimate;
+use crate::{ask::estimate, protocol::ERRORS};
 use ashlar_api::Finish;
 use ashlar_core::clock;
 use serde::Deserialize;
@@ -137,16 +137,7 @@ struct ErrorWire {
 
 /// The status an error in a stream would have had as an answer of its own.
 fn status_of(kind: &str) -> u16 {
-    match kind {
-        "invalid_request_error" => 400,
-        "authentication_error" => 401,
-        "permission_error" => 403,
-        "not_found_error" => 404,
-        "request_too_large" => 413,
-        "rate_limit_error" => 429,
-        "overloaded_error" => 503,
-        _ => 500,
-    }
+    ERRORS.iter().find(|(_, name)| *name == kind).map_or(500, |(status, _)| *status)
 }
 
 impl Reply {

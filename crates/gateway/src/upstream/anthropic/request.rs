@@ -3,18 +3,12 @@
 //! What may not happen here: a part of the conversation that is dropped. What
 //! has no counterpart is refused by name.
 
-use crate::ask::Ask;
+use crate::{
+    ask::Ask,
+    protocol::{unsupported, wrong},
+};
 use ashlar_api::ApiError;
 use serde_json::{Map, Value, json};
-
-fn refuse(param: &str, why: &str) -> ApiError {
-    let message = format!("{param} is not supported here: {why}");
-    ApiError::bad_request(message, Some(param), Some("unsupported_parameter"))
-}
-
-fn wrong(param: &str, wanted: &str) -> ApiError {
-    ApiError::bad_request(format!("{param} must be {wanted}"), Some(param), Some("invalid_type"))
-}
 
 /// The body for `model`; `limit` where the client set none.
 pub(super) fn translate(ask: &Ask, model: &str, limit: u32) -> Result<Value, ApiError> {
@@ -65,18 +59,18 @@ pub(super) fn translate(ask: &Ask, model: &str, limit: u32) -> Result<Value, Api
         out.insert("metadata".into(), json!({"user_id": user}));
     }
     if ask.typed::<u32>("n", "a count")?.is_some_and(|n| n != 1) {
-        return Err(refuse("n", "this backend gives one answer a request"));
+        return Err(unsupported("n", "this backend gives one answer a request"));
     }
     if let Some(format) = ask.typed::<Value>("response_format", "an object")?
         && format != json!({"type": "text"})
     {
-        return Err(refuse("response_format", "this backend takes only {\"type\":\"text\"}"));
+        return Err(unsupported("response_format", "this backend takes only {\"type\":\"text\"}"));
     }
     if let Some(tier) = ask.typed::<String>("service_tier", "a string")? {
         let tier = match tier.as_str() {
             "auto" => "auto",
             "default" | "standard_only" => "standard_only",
-            _ => return Err(refuse("service_tier", "this backend takes \"auto\" and \"default\"")),
+            _ => return Err(unsupported("service_tier", "this backend takes \"auto\" and \"default\"")),
         };
         out.insert("service_tier".into(), tier.into());
     }
@@ -92,7 +86,7 @@ fn tools(ask: &Ask, out: &mut Map<String, Value>) -> Result<(), ApiError> {
     for (i, tool) in tools.iter().enumerate() {
         let function = &tool["function"];
         let (Some("function"), Some(name)) = (tool["type"].as_str(), function["name"].as_str()) else {
-            return Err(refuse(&format!("tools[{i}]"), "only tools of type function with a name are"));
+            return Err(unsupported(&format!("tools[{i}]"), "only tools of type function with a name are"));
         };
         let schema = function.get("parameters").cloned().unwrap_or_else(|| json!({"type": "object"}));
         let mut one = json!({"name": name, "input_schema": schema});
@@ -143,7 +137,7 @@ fn messages(ask: &Ask) -> Result<(String, Vec<Value>), ApiError> {
         for (field, value) in message {
             let known = matches!(field.as_str(), "role" | "content" | "tool_calls" | "tool_call_id" | "annotations" | "refusal");
             if !known && !value.is_null() {
-                return Err(refuse(&at(field), "this backend's messages have no such field"));
+                return Err(unsupported(&at(field), "this backend's messages have no such field"));
             }
         }
         let role = message.get("role").and_then(Value::as_str).unwrap_or_default();
@@ -151,12 +145,12 @@ fn messages(ask: &Ask) -> Result<(String, Vec<Value>), ApiError> {
         let (turn, blocks) = match role {
             "system" | "developer" => {
                 if !turns.is_empty() {
-                    return Err(refuse(&at("role"), "this backend takes instructions before the first turn only"));
+                    return Err(unsupported(&at("role"), "this backend takes instructions before the first turn only"));
                 }
                 for block in parts(content, &at("content"))? {
                     match block["text"].as_str() {
                         Some(text) => system.push(text.to_owned()),
-                        None => return Err(refuse(&at("content"), "instructions are text only")),
+                        None => return Err(unsupported(&at("content"), "instructions are text only")),
                     }
                 }
                 continue;
@@ -219,7 +213,7 @@ fn part(part: &Value, path: &str) -> Result<Value, ApiError> {
             };
             Ok(json!({"type": "image", "source": source}))
         }
-        _ => Err(refuse(path, "only parts of type text and image_url are")),
+        _ => Err(unsupported(path, "only parts of type text and image_url are")),
     }
 }
 
